@@ -1,0 +1,419 @@
+"""Decides what one step computes, and books what came of it.
+
+    schedule, run, commit
+
+`schedule` plans a step: a decode token of every running request, then chunks of
+prompts, then requests from the queue. `commit` puts the blocks that the step filled
+into the cache at once, so that a request admitted next already shares them, and
+turns sampled tokens into events. No tensors and no sockets; the time is passed in.
+
+Admission. Requests come in order of arrival, but among the first WINDOW the one
+with the longest cached prefix goes first, since its blocks may be evicted while it
+waits. Whoever has been passed over PATIENCE times is next, whatever others have
+cached. A request whose next block another one is computing waits for it instead of
+computing it again (single flight).
+
+Memory. All blocks of a prompt are allocated at admission, so a prefill never stops
+half way. When a decoding request needs a block and none can be had, the youngest
+running request is preempted: its computed blocks stay cached while there is room,
+and it goes back to the head of the queue.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from engine.request import (
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    Sampled,
+    Started,
+    State,
+    Timings,
+    Usage,
+)
+from prefixcache.cache import CacheStats, Found, OutOfBlocks, PrefixCache
+from prefixcache.errors import DeadlineExceeded, InvalidArgument, PrefixCacheError
+from prefixcache.reasons import MissReason
+from prefixcache.tokens import TOKEN_BYTES, pack
+
+WINDOW = 16
+PATIENCE = 8
+ROOM_BLOCKS = 64
+"""How much room to grow a sequence asks for at most, so that its blocks stay adjacent."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Before the step: copy the first `tokens` slots of one block to another, in all layers."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The part of one request that a step computes: `tokens` at positions from `start` on.
+
+    `blocks` is the request's block table (position p lies in blocks[p // block_size]);
+    `sample` says whether a token is to be sampled after the last one.
+    """
+
+    request: Request
+    start: int
+    tokens: list[int]
+    blocks: list[int]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass computes."""
+
+    chunks: list[Chunk]
+    copies: list[BlockCopy]
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counters since the start. Token counts are taken once, at first admission."""
+
+    admitted: int = 0
+    finished: int = 0
+    aborted: int = 0
+    preempted: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    generated_tokens: int = 0
+    miss_reasons: Counter[MissReason] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for people and monitors."""
+
+    cache: CacheStats
+    waiting: int
+    running: int
+    totals: Totals
+
+
+class Scheduler:
+    """Owns the queue, the running requests and their leases; used by one thread.
+
+    `max_length` is the model's limit on prompt plus output, `max_batch_tokens` the
+    most tokens of one step, `eos` the token ids that end an output.
+    """
+
+    def __init__(
+        self, cache: PrefixCache, *, max_length: int, max_batch_tokens: int, max_running: int, eos: frozenset[int]
+    ) -> None:
+        if max_batch_tokens < max_running:
+            raise InvalidArgument(
+                f"max_batch_tokens ({max_batch_tokens}) must be at least max_running ({max_running}): "
+                "every running request needs a place in each step"
+            )
+        self.cache = cache
+        self.max_running = max_running
+        self._max_length = max_length
+        self._max_batch_tokens = max_batch_tokens
+        self._eos = eos
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []  # oldest admission first
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._totals = Totals()
+
+    # From outside
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def next_deadline(self) -> float | None:
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def validate(self, prompt: Sequence[int]) -> None:
+        """Raise InvalidArgument for a prompt that could never be served. Callable from any thread."""
+        if not prompt:
+            raise InvalidArgument("the prompt is empty: send at least one token")
+        if len(prompt) >= self._max_length:
+            raise InvalidArgument(
+                f"the prompt has {len(prompt)} tokens, but the model takes at most {self._max_length - 1} "
+                "and one for the output: shorten it"
+            )
+        if len(prompt) > self._pool_tokens:
+            raise InvalidArgument(
+                f"the prompt has {len(prompt)} tokens, but the block pool holds {self._pool_tokens}: "
+                "shorten it, or start the server with more --cache-memory"
+            )
+
+    def submit(self, request: Request) -> None:
+        """Put a validated request at the end of the queue."""
+        params = request.params
+        wanted = self._max_length if params.max_tokens is None else len(request.prompt) + params.max_tokens
+        # The last token's keys and values are never needed, hence one more than the pool holds.
+        request.max_length = min(wanted, self._max_length, self._pool_tokens + 1)
+        self._waiting.append(request)
+        if request.deadline is not None:
+            if len(self._deadlines) > 2 * (len(self._waiting) + len(self._running)):  # mostly of ended requests
+                self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.FINISHED]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (request.deadline, id(request), request))
+
+    def abort(self, request: Request, error: PrefixCacheError | None = None) -> None:
+        """End a request in any state; what it computed stays cached. Idempotent.
+
+        With `error`, the request is told by a `Failed`; without, it hears nothing more.
+        """
+        if request.state is State.FINISHED:
+            return
+        if request.state is State.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+            self._release(request)
+        request.state = State.FINISHED
+        self._totals.aborted += 1
+        if error is not None:
+            request.sink(Failed(error))
+
+    def abort_all(self, error: PrefixCacheError) -> None:
+        for request in [*self._running, *self._waiting]:
+            self.abort(request, error)
+
+    def lookup(self, prompt: Sequence[int], namespace: str) -> Found:
+        """What a request with this prompt would find now."""
+        return self.cache.lookup(pack(prompt), namespace)
+
+    def stats(self) -> EngineStats:
+        totals = replace(self._totals, miss_reasons=Counter(self._totals.miss_reasons))
+        return EngineStats(self.cache.stats(), len(self._waiting), len(self._running), totals)
+
+    # The step
+
+    def schedule(self, now: float) -> Step | None:
+        """Plan the next step, or return None if nothing can be computed."""
+        self._expire(now)
+        self._grow()
+        chunks: list[Chunk] = []
+        copies: list[BlockCopy] = []
+        budget = self._max_batch_tokens
+        prefilling = []
+        for request in self._running:
+            if len(request.tokens) - request.computed == 1:
+                chunks.append(self._chunk(request, 1))
+                budget -= 1
+            else:
+                prefilling.append(request)
+        for request in prefilling:
+            if budget:
+                chunks.append(self._chunk(request, budget))
+                budget -= len(chunks[-1].tokens)
+        while budget and len(self._running) < self.max_running:
+            admitted = self._next_waiting()
+            if admitted is None:
+                break
+            self._admit(admitted, now, copies)
+            chunks.append(self._chunk(admitted, budget))
+            budget -= len(chunks[-1].tokens)
+        return Step(chunks, copies) if chunks else None
+
+    def commit(self, step: Step, sampled: Sequence[Sampled | None], now: float, seconds: float) -> None:
+        """Book a step that has been run: `sampled` has an entry per chunk, `seconds` is what the run took."""
+        self._totals.steps += 1
+        for chunk, sample in zip(step.chunks, sampled, strict=True):
+            request = chunk.request
+            lease = request.lease
+            assert lease is not None and (sample is not None) == chunk.sample
+            lease.copied()
+            request.computed += len(chunk.tokens)
+            if request.first_token_at is None:
+                request.prefill_seconds += seconds
+            if request.store:
+                self._commit_blocks(request)
+            if sample is not None:
+                self._book(request, sample, now)
+
+    # Parts of the above
+
+    @property
+    def _pool_tokens(self) -> int:
+        return self.cache.total_blocks * self.cache.block_size
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.cache.block_size)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, request = heapq.heappop(self._deadlines)
+            where = "in the queue" if request.state is State.WAITING else f"after {len(request.output)} tokens"
+            self.abort(request, DeadlineExceeded(f"the deadline passed {where}: allow more time or send less"))
+
+    def _grow(self) -> None:
+        """Give every running request the block its next token needs, preempting the youngest if there is none."""
+        for request in list(self._running):
+            if request.state is not State.RUNNING:
+                continue  # preempted for an older one
+            lease = request.lease
+            assert lease is not None
+            missing = self._blocks_for(len(request.tokens)) - len(lease.blocks)
+            while missing > 0 and request.state is State.RUNNING:
+                try:
+                    self.cache.allocate(lease, missing, room=self._room(request))
+                    missing = 0
+                except OutOfBlocks:
+                    self._preempt(self._running[-1])
+
+    def _room(self, request: Request) -> int:
+        final = self._blocks_for(request.max_length - 1)
+        return min(max(final - self._blocks_for(len(request.tokens)), 0), ROOM_BLOCKS)
+
+    def _chunk(self, request: Request, budget: int) -> Chunk:
+        assert request.lease is not None
+        start, total = request.computed, len(request.tokens)
+        end = min(start + budget, total)
+        return Chunk(request, start, request.tokens[start:end], request.lease.blocks, end == total)
+
+    def _next_waiting(self) -> Request | None:
+        """Choose who is admitted next, or nobody; counts those passed over."""
+        best: Request | None = None
+        best_cached = -1
+        for request in self._waiting[:WINDOW]:
+            cached = self._cached_tokens(request)
+            if self._computed_by_another(request, cached):
+                continue
+            if cached > best_cached:
+                best, best_cached = request, cached
+            if request.passed_over >= PATIENCE:
+                best = request
+                break
+        if best is None or not self._fits(best):
+            return None
+        for request in self._waiting:
+            if request is best:
+                break
+            request.passed_over += 1
+        return best
+
+    def _cached_tokens(self, request: Request) -> int:
+        """How many tokens of a waiting request are cached now."""
+        return self.cache.lookup(request.packed, request.namespace).cached_tokens if request.read else 0
+
+    def _computed_by_another(self, request: Request, cached: int) -> bool:
+        if not request.read:
+            return False
+        return self.cache.in_flight(request.packed, request.namespace, beyond=cached // self.cache.block_size)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether a request can be admitted and those running can still take a block each."""
+        blocks = self._blocks_for(len(request.tokens)) + len(self._running)
+        if not request.read:
+            return blocks <= self.cache.available_blocks
+        return self.cache.fits(request.packed, request.namespace, blocks)
+
+    def _admit(self, request: Request, now: float, copies: list[BlockCopy]) -> None:
+        lease = self.cache.match(request.packed, request.namespace, read=request.read)
+        missing = self._blocks_for(len(request.tokens)) - lease.shared
+        try:
+            self.cache.allocate(lease, missing, room=self._room(request))
+        except OutOfBlocks:  # what holds the source block holds the room that `_fits` saw
+            lease.forgo_source()
+            self.cache.allocate(lease, missing, room=self._room(request))
+        if lease.source is not None:
+            copies.append(BlockCopy(lease.source.block, lease.blocks[lease.shared], lease.source.tokens))
+        if request.store:
+            self.cache.announce(lease, request.packed)
+        self._waiting.remove(request)
+        self._running.append(request)
+        request.state = State.RUNNING
+        request.lease = lease
+        again = max(request.computed - lease.cached_tokens, 0)
+        request.recomputed += again
+        self._totals.recomputed_tokens += again
+        request.computed = lease.cached_tokens
+        if request.started is None:
+            request.admitted_at = now
+            started = Started(len(request.prompt), lease.cached_tokens, lease.reason, lease.position)
+            request.started = started
+            self._totals.admitted += 1
+            self._totals.prompt_tokens += started.prompt_tokens
+            self._totals.cached_tokens += started.cached_tokens
+            self._totals.miss_reasons[started.reason] += 1
+            request.sink(started)
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        self._release(request)
+        request.state = State.WAITING
+        request.packed = pack(request.tokens)
+        request.passed_over = PATIENCE
+        self._waiting.insert(0, request)
+        self._totals.preempted += 1
+
+    def _commit_blocks(self, request: Request) -> None:
+        lease, size = request.lease, self.cache.block_size
+        assert lease is not None
+        start, end = lease.shared * size, request.computed // size * size
+        if end <= start or lease.detached:
+            return
+        if end * TOKEN_BYTES <= len(request.packed):
+            packed = request.packed[start * TOKEN_BYTES : end * TOKEN_BYTES]
+        else:
+            packed = pack(request.tokens[start:end])
+        self.cache.commit(lease, packed)
+
+    def _release(self, request: Request) -> None:
+        """Let a request's blocks go, keeping its partly filled last one for an exact repeat."""
+        lease = request.lease
+        assert lease is not None
+        tail = request.tokens[lease.shared * self.cache.block_size : request.computed]
+        keep = request.store and 0 < len(tail) < self.cache.block_size
+        lease.release(pack(tail) if keep else b"")
+        request.lease = None
+
+    def _book(self, request: Request, sample: Sampled, now: float) -> None:
+        """Add a sampled token; the one that ends the output is counted but not part of it."""
+        request.tokens.append(sample.token)
+        self._totals.generated_tokens += 1
+        if request.first_token_at is None:
+            request.first_token_at = now
+        params = request.params
+        ends = sample.token in params.stop_token_ids or (sample.token in self._eos and not params.ignore_eos)
+        if not ends:
+            request.sink(sample)
+        if ends or len(request.tokens) >= request.max_length:
+            self._finish(request, now, sample.token if ends else None)
+
+    def _finish(self, request: Request, now: float, stop_token: int | None) -> None:
+        self._running.remove(request)
+        self._release(request)
+        request.state = State.FINISHED
+        self._totals.finished += 1
+        assert request.started is not None and request.first_token_at is not None
+        usage = Usage(
+            prompt_tokens=request.started.prompt_tokens,
+            cached_tokens=request.started.cached_tokens,
+            completion_tokens=len(request.tokens) - len(request.prompt),
+            recomputed_tokens=request.recomputed,
+        )
+        timings = Timings(
+            queue=request.admitted_at - request.arrival,
+            first_token=request.first_token_at - request.arrival,
+            total=now - request.arrival,
+            prefill=request.prefill_seconds,
+        )
+        reason = FinishReason.LENGTH if stop_token is None else FinishReason.STOP
+        request.sink(Finished(reason, usage, timings, stop_token))

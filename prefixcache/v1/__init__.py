@@ -1,0 +1,1 @@
+"""Messages and stubs of package prefixcache.v1, generated from proto/ by `make proto`."""
