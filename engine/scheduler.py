@@ -222,8 +222,9 @@ class Scheduler:
             if budget:
                 chunks.append(self._chunk(request, budget))
                 budget -= len(chunks[-1].tokens)
+        cached: dict[Request, int] = {}
         while budget and len(self._running) < self.max_running:
-            admitted = self._next_waiting()
+            admitted = self._next_waiting(cached)
             if admitted is None:
                 break
             self._admit(admitted, now, copies)
@@ -287,16 +288,19 @@ class Scheduler:
         end = min(start + budget, total)
         return Chunk(request, start, request.tokens[start:end], request.lease.blocks, end == total)
 
-    def _next_waiting(self) -> Request | None:
-        """Choose who is admitted next, or nobody; counts those passed over."""
+    def _next_waiting(self, cached: dict[Request, int]) -> Request | None:
+        """Choose who is admitted next, or nobody; counts those passed over.
+
+        `cached` remembers within one step how many tokens of whom are cached.
+        """
         best: Request | None = None
-        best_cached = -1
         for request in self._waiting[:WINDOW]:
-            cached = self._cached_tokens(request)
-            if self._computed_by_another(request, cached):
+            if request not in cached:
+                cached[request] = self._cached_tokens(request)
+            if self._computed_by_another(request, cached[request]):
                 continue
-            if cached > best_cached:
-                best, best_cached = request, cached
+            if best is None or cached[request] > cached[best]:
+                best = request
             if request.passed_over >= PATIENCE:
                 best = request
                 break
@@ -309,7 +313,6 @@ class Scheduler:
         return best
 
     def _cached_tokens(self, request: Request) -> int:
-        """How many tokens of a waiting request are cached now."""
         return self.cache.lookup(request.packed, request.namespace).cached_tokens if request.read else 0
 
     def _computed_by_another(self, request: Request, cached: int) -> bool:

@@ -190,9 +190,7 @@ class PrefixCache:
 
     def lookup(self, packed: bytes, namespace: str = "") -> Found:
         """Say what a match would find. Changes nothing, not even recency. Costs what a match costs."""
-        space = self._spaces.get(namespace)
-        if space is None:
-            return self._explain(None, packed, 0)
+        space = self._spaces.get(namespace) or self._new_space(namespace)
         place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
         source = self._tree.partial(place, self._rest(packed, place.offset))
         cached = place.offset // TOKEN_BYTES + (source[2] if source else 0)
@@ -260,6 +258,9 @@ class PrefixCache:
                 lease.source = BlockSource(holder.blocks[index], tokens)
                 lease._source_node = holder
                 self._tree.acquire(holder)
+                if len(holder.blocks) == 1:  # more of a longer one than matched would be refreshed
+                    self._touch(holder)
+                    holder.hits += 1
             self._touch(node)
             node.hits += 1
         self._tree.acquire(lease.node)
@@ -340,7 +341,8 @@ class PrefixCache:
                 self._queue.push(leaf)
             elif self._tree.evictable(parent):
                 self._queue.push(parent)
-            self._drop_if_empty(space)
+            elif parent is space.root:
+                self._drop_if_empty(space)
         self._pool.free(freed)
         self._evicted += len(freed)
         return len(freed)
@@ -358,7 +360,7 @@ class PrefixCache:
                 self._publish_removed(space, node, 0)
                 self._queue.removed(node)
             for top in space.root.children.values():
-                self._remember(top.hashes(self.block_bytes)[:HASH_BYTES], MissReason.INVALIDATED)
+                self._remember(top.hash_of(0, self.block_bytes), MissReason.INVALIDATED)
             unused, used = self._tree.retire(space)
             self._pool.free(unused)
             freed += len(unused)
@@ -378,24 +380,25 @@ class PrefixCache:
     def _space(self, namespace: str) -> Space:
         space = self._spaces.get(namespace)
         if space is None:
-            start = root_hash(self._fingerprint, self._secret, namespace.encode(), str(self.block_size).encode())
-            space = self._spaces[namespace] = Space(namespace, start)
+            space = self._spaces[namespace] = self._new_space(namespace)
         return space
+
+    def _new_space(self, namespace: str) -> Space:
+        start = root_hash(self._fingerprint, self._secret, namespace.encode(), str(self.block_size).encode())
+        return Space(namespace, start)
 
     def _drop_if_empty(self, space: Space) -> None:
         root = space.root
         if not root.children and not root.refs and self._spaces.get(space.name) is space:
             del self._spaces[space.name]
 
-    def _explain(self, place: Place | None, packed: bytes, cached: int) -> Found:
+    def _explain(self, place: Place, packed: bytes, cached: int) -> Found:
         """Say why a walk ended where it did, from the most to the least specific reason."""
         tokens = len(packed) // TOKEN_BYTES
         if tokens == 1:
             return Found(0, MissReason.TOO_SHORT, 0)
         if cached == tokens - 1:
             return Found(cached, MissReason.NONE, cached)
-        if place is None:
-            return Found(0, MissReason.NEVER_SEEN, 0)
         space = place.node.space
         assert space is not None
         if self.in_flight(packed, space.name, beyond=place.offset // self.block_bytes):
@@ -412,12 +415,9 @@ class PrefixCache:
         following = packed[place.offset : place.offset + self.block_bytes]
         if not self._removed or not following:
             return None
-        node = place.node
-        if place.depth == len(node.blocks):
-            before = node.end_hash(self.block_bytes)
-        else:
-            before = node.hashes(self.block_bytes)[(place.depth - 1) * HASH_BYTES : place.depth * HASH_BYTES]
-        return self._removed.get(chain_hashes(before, following, self.block_bytes))
+        node, size = place.node, self.block_bytes
+        before = node.hash_of(place.depth - 1, size) if place.depth else node.end_hash(size)
+        return self._removed.get(chain_hashes(before, following, size))
 
     def _touch(self, node: Node) -> None:
         self._uses += 1
@@ -436,18 +436,18 @@ class PrefixCache:
         blocks = lease.blocks[lease.shared : lease.shared + (len(packed) - offset) // size]
         lease.shared += len(blocks)
         edge = packed[offset:]
-        if self.listener is not None:
-            before = node.end_hash(size)
-            self._publish(Stored(self._events, lease.space.name, before, chain_hashes(before, edge, size)))
         alone = node is lease.node and node.refs == 1 and not node.children and node.parent is not None
         if alone and len(node.blocks) < MAX_EDGE_BLOCKS:
-            fits = MAX_EDGE_BLOCKS - len(node.blocks)
+            done = len(node.blocks)
+            fits = MAX_EDGE_BLOCKS - done
             self._tree.grow(node, edge[: fits * size], blocks[:fits])
             edge, blocks = edge[fits * size :], blocks[fits:]
+            self._publish_stored(lease.space, node, done)
         while blocks:
             self._drop_superseded_tail(node, edge[:size])
             node = self._tree.insert(node, edge[: MAX_EDGE_BLOCKS * size], blocks[:MAX_EDGE_BLOCKS])
             edge, blocks = edge[MAX_EDGE_BLOCKS * size :], blocks[MAX_EDGE_BLOCKS:]
+            self._publish_stored(lease.space, node, 0)
         return node
 
     def _drop_superseded_tail(self, parent: Node, key: bytes) -> None:
@@ -469,7 +469,8 @@ class PrefixCache:
             return False
         best = self._tree.partial(Place(node, len(node.blocks), 0, []), tail)
         if best is not None and best[2] * TOKEN_BYTES == len(tail):
-            self._touch(best[0])
+            if len(best[0].blocks) == 1:
+                self._touch(best[0])
             return False
         self._drop_superseded_tail(node, tail)
         leaf = self._tree.insert(node, tail, [lease.blocks[lease.shared]])
@@ -507,14 +508,23 @@ class PrefixCache:
         """Before blocks behind the first `keep` of a leaf are removed: publish it and remember where."""
         self._publish_removed(space, leaf, keep)
         if self._memory_of_removed:
-            first = leaf.hashes(self.block_bytes)[keep * HASH_BYTES : (keep + 1) * HASH_BYTES]
-            self._remember(first, reason)
+            self._remember(leaf.hash_of(keep, self.block_bytes), reason)
 
     def _remember(self, block_hash: bytes, reason: MissReason) -> None:
         self._removed.pop(block_hash, None)
         self._removed[block_hash] = reason
         if len(self._removed) > self._memory_of_removed:
             del self._removed[next(iter(self._removed))]
+
+    def _publish_stored(self, space: Space, node: Node, known: int) -> None:
+        """Publish the blocks of a node behind the first `known`."""
+        if self.listener is None:
+            return
+        assert node.parent is not None
+        size = self.block_bytes
+        before = node.hash_of(known - 1, size) if known else node.parent.end_hash(size)
+        hashes = node.hashes(size)[known * HASH_BYTES :]
+        self._publish(Stored(self._events, space.name, before, hashes))
 
     def _publish_removed(self, space: Space, node: Node, keep: int) -> None:
         if self.listener is None or len(node.edge) < self.block_bytes:

@@ -12,6 +12,7 @@ Who references a block that is not free is the tree's and the leases' business.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 
 
 class BlockPool:
@@ -78,7 +79,7 @@ class BlockPool:
         assert sum(length for _, length in runs) == self.free_count
         assert self._start_before == {start + length: start for start, length in runs}
         assert self._by_length == sorted((length, start) for start, length in runs)
-        for (start, length), (following, _) in zip(runs, runs[1:], strict=False):
+        for (start, length), (following, _) in pairwise(runs):
             assert length > 0 and start + length < following, "free runs touch or overlap"
 
     def _choose(self, count: int, room: int) -> tuple[int, int, int]:

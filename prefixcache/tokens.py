@@ -68,8 +68,7 @@ def chain_hashes(parent: bytes, packed: bytes, block_bytes: int) -> bytes:
     `parent` is the hash of the block before (or the root hash). A last block that is
     only partly filled is hashed as it is. About 18 ns per token at 16 tokens a block.
     """
-    hashes = []
-    for start in range(0, len(packed), block_bytes):
-        parent = xxh3_128_digest(parent + packed[start : start + block_bytes])
-        hashes.append(parent)
-    return b"".join(hashes)
+    starts = range(0, len(packed), block_bytes)
+    return b"".join(
+        [parent := xxh3_128_digest(parent + packed[start : start + block_bytes]) for start in starts]
+    )

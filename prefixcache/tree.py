@@ -57,12 +57,22 @@ class Node:
 
     def hashes(self, block_bytes: int) -> bytes:
         """Return the chained hashes of this node's blocks, 16 bytes each; each is computed once."""
-        done = len(self._hashes) // HASH_BYTES * block_bytes
-        if done < len(self.edge):
+        self._hash(len(self.blocks), block_bytes)
+        return self._hashes
+
+    def hash_of(self, index: int, block_bytes: int) -> bytes:
+        """Return the chained hash of one block, without computing those behind it."""
+        self._hash(index + 1, block_bytes)
+        return self._hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+
+    def _hash(self, blocks: int, block_bytes: int) -> None:
+        """Have the hashes of the first so many blocks."""
+        done = len(self._hashes) // HASH_BYTES
+        if done < blocks:
             assert self.parent is not None
             before = self._hashes[-HASH_BYTES:] or self.parent.end_hash(block_bytes)
-            self._hashes += chain_hashes(before, self.edge[done:], block_bytes)
-        return self._hashes
+            new = self.edge[done * block_bytes : blocks * block_bytes]
+            self._hashes += chain_hashes(before, new, block_bytes)
 
     def end_hash(self, block_bytes: int) -> bytes:
         """Return the hash of this node's last block; for a root, what its chains start from."""
@@ -76,7 +86,7 @@ class Node:
         if self.parent is None:
             assert self.space is not None
             return self.space.root_hash
-        return self.hashes(block_bytes)[-HASH_BYTES:]
+        return self.hash_of(len(self.blocks) - 1, block_bytes)
 
 
 @dataclass(eq=False, slots=True)
@@ -123,12 +133,13 @@ class RadixTree:
             child = node.children.get(packed[offset : offset + size])
             if child is None:
                 break
-            behind = offset + len(child.edge)
-            if behind > end or not packed.startswith(child.edge, offset):
-                depth = self._common_blocks(child.edge, packed, offset, end)
+            edge = child.edge
+            if not packed.startswith(edge, offset, end):
+                depth = self._common_blocks(edge, packed, offset, end)
                 blocks += child.blocks[:depth]
                 return Place(child, depth, offset + depth * size, blocks)
-            node, offset = child, behind
+            node = child
+            offset += len(edge)
             blocks += child.blocks
         return Place(node, len(node.blocks), offset, blocks)
 
@@ -271,12 +282,14 @@ class RadixTree:
     def acquire(self, node: Node) -> None:
         """Add a reference to a node."""
         step: Node | None = node
+        woken = 0
         while step is not None:
             step.refs += 1
             if step.refs > 1:
-                return
-            self.idle_blocks -= len(step.blocks)
+                break
+            woken += len(step.blocks)
             step = step.parent
+        self.idle_blocks -= woken
 
     def release(self, node: Node) -> tuple[Node | None, list[int]]:
         """Drop a reference of a node.
@@ -284,16 +297,19 @@ class RadixTree:
         Returns the node if it is now an unreferenced leaf of the tree (None if not),
         and the blocks of cut-off nodes that lost their last reference.
         """
+        assert node.refs > 0
         unused: list[int] = []
+        attached = node.space is not None
+        idle = 0
         step: Node | None = node
         while step is not None:
-            assert step.refs > 0
             step.refs -= 1
             if step.refs:
                 break
-            if step.space is None:
-                unused += step.blocks
+            if attached:
+                idle += len(step.blocks)
             else:
-                self.idle_blocks += len(step.blocks)
+                unused += step.blocks
             step = step.parent
+        self.idle_blocks += idle
         return (node if self.evictable(node) else None), unused

@@ -1,0 +1,84 @@
+"""Puts an engine together from a configuration: model, block pool, cache, scheduler, thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from xxhash import xxh3_128_hexdigest
+
+from engine import embedded
+from engine.config import EMBEDDED, EngineConfig
+from engine.kv import KVPool, free_memory
+from engine.loop import EngineLoop
+from engine.model import DTYPES, LoadedModel, _device, from_pretrained_model, load_model
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+from engine.tokenizer import Tokenizer
+from engine.wire import ServedModel
+from prefixcache.cache import PrefixCache
+from prefixcache.eviction import POLICIES
+
+OnDeath = Callable[[BaseException], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that is warmed up but not started; `loop.start()` starts it."""
+
+    loop: EngineLoop
+    tokenizer: Tokenizer
+    served: ServedModel
+    blocks: int
+    bytes_per_block: int
+
+
+def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
+    """Load and warm up what `config` names; takes seconds, or minutes for a large model.
+
+    Raises NotFound, InvalidArgument or FailedPrecondition if it cannot be served.
+    """
+    torch.set_num_threads(config.threads)
+    model, tokenizer = _load(config)
+    fingerprint = xxh3_128_hexdigest(
+        b"%s\n%d\n%s" % (model.fingerprint.encode(), config.block_size, tokenizer.fingerprint())
+    )
+    geometry = model.geometry
+    blocks = geometry.blocks_in(config.cache_bytes(free_memory(model.device)), config.block_size)
+    runner = Runner(model, KVPool(geometry, blocks, config.block_size, model.device))
+    runner.warm_up()
+    cache = PrefixCache(
+        blocks, config.block_size, policy=POLICIES[config.eviction], fingerprint=bytes.fromhex(fingerprint)
+    )
+    scheduler = Scheduler(
+        cache,
+        max_length=model.max_length,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        eos=frozenset(model.eos_token_ids),
+    )
+    served = ServedModel(
+        name=model.name,
+        architecture=model.architecture,
+        max_length=model.max_length,
+        vocab_size=model.vocab_size,
+        dtype=model.dtype,
+        device=model.device,
+        block_size=config.block_size,
+        has_chat_template=tokenizer.has_chat_template,
+        eos_token_ids=model.eos_token_ids,
+        fingerprint=fingerprint,
+    )
+    loop = EngineLoop(scheduler, runner, max_queue=config.max_queue, on_death=on_death)
+    return Engine(loop, tokenizer, served, blocks, geometry.bytes_per_block(config.block_size))
+
+
+def _load(config: EngineConfig) -> tuple[LoadedModel, Tokenizer]:
+    if config.model != EMBEDDED:
+        model = load_model(config.model, config.dtype, config.device)
+        return model, Tokenizer.load(config.model, model.vocab_size)
+    weights = embedded.build_model(DTYPES.get(config.dtype, torch.float32))
+    weights.to(_device(config.device))  # type: ignore[arg-type]  # transformers' annotations are wrong
+    model = from_pretrained_model(weights, EMBEDDED)
+    return model, Tokenizer(embedded.build_tokenizer(), model.vocab_size)

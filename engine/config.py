@@ -1,0 +1,192 @@
+"""What the server can be told: one frozen model, every field described.
+
+Values come from keyword arguments (the command line) and then from the environment
+(`PREFIXCACHE_` and the field's name in capitals). A name that is not known here, in
+either place, is an error, so that a misspelt option never passes for a default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from prefixcache.errors import InvalidArgument
+from prefixcache.eviction import POLICIES
+
+ENV_PREFIX = "PREFIXCACHE_"
+# Read by the client's side of this project, which may well run in the same environment.
+CLIENT_VARIABLES = frozenset({"PREFIXCACHE_ADDRESS"})
+
+EMBEDDED = "embedded"
+EMBEDDED_CACHE_LIMIT = 2 * 2**30
+DEFAULT_SHARE = 0.25
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<unit>[kmgt]?i?)b?)", re.IGNORECASE)
+_SHARE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*%")
+
+
+def _cores() -> int:
+    """Physical cores this process may use: hyperthreads of one core only slow each other down."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as siblings:
+                cores.add(siblings.read())
+        except OSError:
+            return len(allowed)
+    return len(cores)
+
+
+class EngineConfig(BaseModel):
+    """Options of one server process. Build it with `load`, which explains what is wrong."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        default=EMBEDDED,
+        min_length=1,
+        description="Directory or hub id of a transformers causal language model, or 'embedded' for the "
+        "small one that needs no download.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Precision of weights and cache. 'auto': float32 on a CPU, the checkpoint's own on a GPU.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs. 'auto': the GPU if there is one."
+    )
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description="Address to listen on. The default accepts connections from this machine only; "
+        "0.0.0.0 accepts them from everywhere.",
+    )
+    port: int = Field(default=50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    cache_memory: str = Field(
+        default="auto",
+        description="Memory for cached keys and values: bytes ('512MiB', '2GB') or a share of what is free "
+        "once the model is loaded ('40%'). 'auto' is 25%, for the embedded model at most 2GiB.",
+    )
+    block_size: int = Field(default=16, ge=1, le=1024, description="Tokens per cache block.")
+    max_batch_tokens: int = Field(
+        default=2048,
+        ge=1,
+        description="The most tokens computed in one step. Larger prefills faster, smaller keeps running "
+        "streams smoother.",
+    )
+    max_running: int = Field(default=64, ge=1, description="The most requests computed at the same time.")
+    max_queue: int = Field(
+        default=1024,
+        ge=1,
+        description="The most requests waiting to be admitted; more are refused with RESOURCE_EXHAUSTED.",
+    )
+    max_message_bytes: int = Field(
+        default=4 * 2**20, ge=1024, description="The largest request message accepted, in bytes."
+    )
+    threads: int = Field(
+        default_factory=_cores,
+        ge=1,
+        description="Threads for the model's arithmetic on a CPU. Default: the cores this process may use.",
+    )
+    drain_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long accepted requests may go on after SIGTERM or SIGINT.",
+    )
+    eviction: str = Field(
+        default="lru",
+        description="Which cached blocks are given up first when room is needed: " + ", ".join(POLICIES) + ".",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least severe message that is logged. 'debug' has a line per request."
+    )
+    log_format: Literal["auto", "text", "json"] = Field(
+        default="auto", description="How log lines look. 'auto': text on a terminal, json otherwise."
+    )
+
+    @field_validator("eviction")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"there are the policies {', '.join(POLICIES)}")
+        return value
+
+    @field_validator("cache_memory")
+    @classmethod
+    def _readable_size(cls, value: str) -> str:
+        text = value.strip()
+        if text == "auto":
+            return text
+        if share := _SHARE.fullmatch(text):
+            if not 0 < float(share["number"]) <= 100:
+                raise ValueError("a share of free memory must be above 0% and at most 100%")
+            return text
+        if size := _SIZE.fullmatch(text):
+            if _bytes(size) < 1:
+                raise ValueError("the size must be above 0")
+            return text
+        raise ValueError("give bytes, such as '512MiB' or '2GB', a share, such as '40%', or 'auto'")
+
+    def cache_bytes(self, free: int) -> int:
+        """Return how many bytes the cache may take when `free` bytes are free on the device."""
+        if self.cache_memory == "auto":
+            share = int(free * DEFAULT_SHARE)
+            return min(share, EMBEDDED_CACHE_LIMIT) if self.model == EMBEDDED else share
+        if share_match := _SHARE.fullmatch(self.cache_memory):
+            return int(free * float(share_match["number"]) / 100)
+        size = _SIZE.fullmatch(self.cache_memory)
+        assert size is not None, "the validator lets nothing else through"
+        return _bytes(size)
+
+
+def _bytes(size: re.Match[str]) -> int:
+    return int(float(size["number"]) * _UNITS[size["unit"].lower()])
+
+
+def load(environment: Mapping[str, str] | None = None, **options: object) -> EngineConfig:
+    """Return the configuration from `options`, then `environment`, then the defaults.
+
+    Options that are None count as not given. Raises InvalidArgument that names every
+    unknown or unusable option and says what is allowed. The default environment is the
+    process's own.
+    """
+    fields = EngineConfig.model_fields
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in fields:
+            raise InvalidArgument(f"there is no option {name!r}{_closest(name, fields)}")
+    source = os.environ if environment is None else environment
+    for variable, value in source.items():
+        if not variable.startswith(ENV_PREFIX) or variable in CLIENT_VARIABLES:
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in fields:
+            known = {ENV_PREFIX + field.upper(): None for field in fields}
+            raise InvalidArgument(f"{variable} is set, but it is no option{_closest(variable, known)}")
+        given.setdefault(name, value)
+    try:
+        return EngineConfig.model_validate(given)
+    except ValidationError as error:
+        raise InvalidArgument("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _closest(name: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f". There are: {', '.join(sorted(known))}"
+
+
+def _explain(detail: Mapping[str, object]) -> str:
+    location = detail["loc"]
+    assert isinstance(location, tuple)
+    name = ".".join(str(part) for part in location)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"option {name} cannot be {detail['input']!r}: {message[0].lower()}{message[1:]}"

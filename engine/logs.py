@@ -1,0 +1,29 @@
+"""How the server's log lines look: text for people, one JSON object a line for machines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+from engine.config import EngineConfig
+
+
+def configure(config: EngineConfig) -> None:
+    """Set up logging to standard error for this process."""
+    text = config.log_format == "text" or (config.log_format == "auto" and sys.stderr.isatty())
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if text:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S" if text else "iso", utc=not text),
+            *([] if text else [structlog.processors.format_exc_info]),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[config.log_level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

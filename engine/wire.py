@@ -1,0 +1,362 @@
+"""The only place where protobuf becomes domain objects and back, and errors become statuses.
+
+Everything that a caller sends is checked here, before anything is done with it; what
+needs the tokenizer is checked by the tokenizer. A message about a field names it, and
+says what is allowed. Nothing of a prompt goes into a message.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from engine.request import Finished, FinishReason, Sampled, SamplingParams, Started
+from engine.scheduler import EngineStats
+from engine.tokenizer import Chat, Prompt
+from prefixcache.cache import Found
+from prefixcache.errors import InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
+from prefixcache.reasons import MissReason
+from prefixcache.v1 import cache_pb2, generation_pb2, prompt_pb2
+
+MAX_REQUEST_ID_BYTES = 128
+MAX_NAMESPACE_BYTES = 256
+MAX_ROLE_BYTES = 64
+# gRPC sends a message in a header; long ones are cut off or refused on the way.
+MAX_STATUS_CHARACTERS = 2000
+
+ANONYMOUS = "anonymous"
+"""The principal of every caller, as long as callers are not authenticated."""
+
+STATUS_DETAILS = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What GetModel reports; lengths in tokens."""
+
+    name: str
+    architecture: str
+    max_length: int
+    vocab_size: int
+    dtype: str
+    device: str
+    block_size: int
+    has_chat_template: bool
+    eos_token_ids: Sequence[int]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A checked GenerateRequest; the prompt is not tokenized yet."""
+
+    id: str
+    prompt: Prompt
+    params: SamplingParams
+    seed: int
+    namespace: str
+    read: bool
+    store: bool
+
+
+def namespace_key(principal: str, suffix: str) -> str:
+    """Return the cache's namespace for a principal and the suffix it chose; no two pairs give the same key."""
+    return f"{len(principal)}:{principal},{len(suffix)}:{suffix}"
+
+
+# Requests
+
+
+def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel) -> Generation:
+    """Check a request. Raises InvalidArgument, or NotFound for another model."""
+    if message.model and message.model != served.name:
+        raise NotFound(
+            f"model {_shortened(message.model)!r} is not served here, only {served.name!r}; leave model empty to use it"
+        )
+    if len(message.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+        raise InvalidArgument(f"request_id must have at most {MAX_REQUEST_ID_BYTES} bytes")
+    if message.request_id and not message.request_id.isprintable():
+        raise InvalidArgument("request_id must consist of printable characters: it is written to logs")
+    params = _read_sampling(message.sampling)
+    params.validate(served.vocab_size)
+    cache = message.cache
+    return Generation(
+        id=message.request_id or secrets.token_hex(8),
+        prompt=read_prompt(message.prompt),
+        params=params,
+        seed=message.sampling.seed if message.sampling.HasField("seed") else random.getrandbits(63),
+        namespace=read_namespace(cache.namespace, "cache.namespace"),
+        read=cache.read if cache.HasField("read") else True,
+        store=cache.store if cache.HasField("store") else True,
+    )
+
+
+def read_prompt(message: prompt_pb2.Prompt) -> Prompt:
+    """Return the prompt in one of its three forms. Raises InvalidArgument if it is empty or malformed."""
+    match message.WhichOneof("content"):
+        case "text":
+            if not message.text:
+                raise InvalidArgument("prompt.text is empty; send at least one character")
+            return message.text
+        case "token_ids":
+            if not message.token_ids.ids:
+                raise InvalidArgument("prompt.token_ids is empty; send at least one token id")
+            return list(message.token_ids.ids)
+        case "messages":
+            return _read_chat(message.messages)
+    raise InvalidArgument("prompt is not set; send one of prompt.text, prompt.token_ids, prompt.messages")
+
+
+def read_namespace(suffix: str, field: str) -> str:
+    """Return the namespace key for the suffix in `field`. Raises InvalidArgument if it is too long."""
+    if len(suffix.encode()) > MAX_NAMESPACE_BYTES:
+        raise InvalidArgument(f"{field} must have at most {MAX_NAMESPACE_BYTES} bytes")
+    return namespace_key(ANONYMOUS, suffix)
+
+
+def _read_sampling(message: generation_pb2.Sampling) -> SamplingParams:
+    given: dict[str, Any] = {
+        name: getattr(message, name)
+        for name in (
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "seed",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "logprobs",
+        )
+        if message.HasField(name)
+    }
+    return SamplingParams(
+        stop=tuple(message.stop),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logit_bias=dict(message.logit_bias),
+        **given,
+    )
+
+
+def _read_chat(message: prompt_pb2.Chat) -> Chat:
+    if not message.messages:
+        raise InvalidArgument("prompt.messages.messages is empty; send at least one message")
+    return Chat(
+        messages=[_read_message(turn, f"prompt.messages.messages[{i}]") for i, turn in enumerate(message.messages)],
+        tools=[_read_object(text, f"prompt.messages.tools[{i}]") for i, text in enumerate(message.tools)],
+        add_generation_prompt=message.add_generation_prompt if message.HasField("add_generation_prompt") else True,
+    )
+
+
+def _read_message(message: prompt_pb2.Message, field: str) -> dict[str, Any]:
+    if not message.role:
+        raise InvalidArgument(f"{field}.role is empty; say who speaks, such as 'user'")
+    if len(message.role.encode()) > MAX_ROLE_BYTES:
+        raise InvalidArgument(f"{field}.role must have at most {MAX_ROLE_BYTES} bytes")
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        calls = enumerate(message.tool_calls)
+        turn["tool_calls"] = [_read_object(text, f"{field}.tool_calls[{i}]") for i, text in calls]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.name:
+        turn["name"] = message.name
+    return turn
+
+
+def _read_object(text: str, field: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidArgument(f"{field} must be a JSON object: {reason}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{field} must be a JSON object, in braces")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Responses
+
+
+def write_started(request_id: str, started: Started) -> generation_pb2.GenerateResponse:
+    return generation_pb2.GenerateResponse(
+        started=generation_pb2.Started(
+            request_id=request_id,
+            prompt_tokens=started.prompt_tokens,
+            cached_tokens=started.cached_tokens,
+            miss_reason=_miss_reason(started.reason),
+            miss_position=started.position,
+        )
+    )
+
+
+def write_delta(text: str, tokens: Iterable[Sampled]) -> generation_pb2.GenerateResponse:
+    delta = generation_pb2.Delta(text=text)
+    for sampled in tokens:
+        delta.token_ids.append(sampled.token)
+        if sampled.logprob is not None:
+            delta.logprobs.append(
+                generation_pb2.TokenLogprobs(
+                    logprob=sampled.logprob,
+                    top=[
+                        generation_pb2.TokenLogprob(token_id=token, logprob=logprob) for token, logprob in sampled.top
+                    ],
+                )
+            )
+    return generation_pb2.GenerateResponse(delta=delta)
+
+
+def write_finished(finished: Finished, stop: str | None = None) -> generation_pb2.GenerateResponse:
+    """Return the last event; `stop` is the stop string that ended the output, if one did."""
+    usage, timings = finished.usage, finished.timings
+    if stop is None and finished.stop_token is not None:
+        stop = str(finished.stop_token)
+    return generation_pb2.GenerateResponse(
+        finished=generation_pb2.Finished(
+            reason=_FINISH_REASONS[finished.reason],
+            usage=generation_pb2.Usage(
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                computed_tokens=usage.computed_tokens,
+                completion_tokens=usage.completion_tokens,
+                recomputed_tokens=usage.recomputed_tokens,
+            ),
+            timings=generation_pb2.Timings(
+                queue=_duration(timings.queue),
+                first_token=_duration(timings.first_token),
+                total=_duration(timings.total),
+                prefill=_duration(timings.prefill),
+            ),
+            stopped_by=stop or "",
+        )
+    )
+
+
+def write_tokens(ids: Sequence[int]) -> generation_pb2.TokenizeResponse:
+    return generation_pb2.TokenizeResponse(token_ids=ids)
+
+
+def write_model(served: ServedModel) -> generation_pb2.GetModelResponse:
+    return generation_pb2.GetModelResponse(
+        name=served.name,
+        architecture=served.architecture,
+        max_length=served.max_length,
+        vocab_size=served.vocab_size,
+        dtype=served.dtype,
+        device=served.device,
+        block_size=served.block_size,
+        has_chat_template=served.has_chat_template,
+        eos_token_ids=served.eos_token_ids,
+        fingerprint=served.fingerprint,
+    )
+
+
+def write_found(prompt_tokens: int, found: Found) -> cache_pb2.LookupResponse:
+    return cache_pb2.LookupResponse(
+        prompt_tokens=prompt_tokens,
+        cached_tokens=found.cached_tokens,
+        miss_reason=_miss_reason(found.reason),
+        miss_position=found.position,
+    )
+
+
+def write_stats(
+    stats: EngineStats, *, block_size: int, bytes_per_block: int, uptime: float
+) -> cache_pb2.GetStatsResponse:
+    """Return a snapshot; `uptime` is in seconds."""
+    blocks, totals = stats.cache, stats.totals
+    return cache_pb2.GetStatsResponse(
+        blocks=cache_pb2.BlockStats(
+            block_size=block_size,
+            total=blocks.total,
+            free=blocks.free,
+            cached=blocks.cached,
+            leased=blocks.leased,
+            evicted=blocks.evicted,
+            bytes_per_block=bytes_per_block,
+        ),
+        requests=cache_pb2.RequestStats(
+            waiting=stats.waiting,
+            running=stats.running,
+            admitted=totals.admitted,
+            finished=totals.finished,
+            aborted=totals.aborted,
+            preempted=totals.preempted,
+            steps=totals.steps,
+        ),
+        tokens=cache_pb2.TokenStats(
+            prompt=totals.prompt_tokens,
+            cached=totals.cached_tokens,
+            computed=totals.prompt_tokens - totals.cached_tokens,
+            recomputed=totals.recomputed_tokens,
+            generated=totals.generated_tokens,
+        ),
+        miss_reasons={reason.value: count for reason, count in totals.miss_reasons.items()},
+        uptime=_duration(uptime),
+    )
+
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def _miss_reason(reason: MissReason) -> prompt_pb2.MissReason.ValueType:
+    return prompt_pb2.MissReason.Value(f"MISS_REASON_{reason.name}")
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
+    return duration
+
+
+# Errors
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a failed call ends with: the arguments of a gRPC context's `abort`."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, bytes], ...] = ()
+
+
+def status_of(error: PrefixCacheError) -> Status:
+    """Return the status an error travels as, with RetryInfo if it says when to try again."""
+    details = _shortened(str(error), MAX_STATUS_CHARACTERS)
+    trailing: tuple[tuple[str, bytes], ...] = ()
+    if isinstance(error, ResourceExhausted) and error.retry_after is not None:
+        status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=details)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
+        trailing = ((STATUS_DETAILS, status.SerializeToString()),)
+    return Status(grpc.StatusCode[error.status], details, trailing)
+
+
+def unreadable(method: str, error: Exception) -> InvalidArgument:
+    """Return the error for a request to `method` whose bytes are not the message it takes."""
+    if "UTF-8" in str(error):
+        return InvalidArgument(f"a text field of the request to {method} is not valid UTF-8; encode text as UTF-8")
+    return InvalidArgument(
+        f"the request to {method} cannot be read; is the client made for another version of the protocol?"
+    )
+
+
+def _shortened(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,334 @@
+"""The `prefixcache` command.
+
+Output goes to stdout, what is said about it to stderr. Exit codes: 0 done, 1 the
+server or this machine could not do it, 2 the command line makes no sense, 130 Ctrl+C.
+What a command needs is imported when it runs, so that `--help` and completion answer
+at once; only `serve` needs the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from prefixcache import terminal
+from prefixcache.errors import PrefixCacheError, Unavailable
+
+if TYPE_CHECKING:
+    from prefixcache.client import Client, GenerateOptions
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+ADDRESS_VARIABLE = "PREFIXCACHE_ADDRESS"
+DEFAULT_MAX_TOKENS = 256
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Loads the options of `serve` when it is used, and turns errors into one line."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name == "serve":
+            from prefixcache.serve import command as load
+
+            command = load(serve.__doc__ or "")
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PrefixCacheError as error:
+            terminal.error(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 it could not be done, 2 the command line makes no sense, 130 Ctrl+C.",
+)
+
+
+def main() -> None:
+    app(prog_name="prefixcache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("prefixcache")
+        except PackageNotFoundError:
+            number = "(not installed, run from its source)"
+        typer.echo(f"prefixcache {number}")
+        raise typer.Exit
+
+
+def _host_and_port(address: str) -> str:
+    if ":" not in address:
+        raise typer.BadParameter(f"{address!r} has no port: give host:port, such as {DEFAULT_ADDRESS}")
+    return address
+
+
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", "-a", metavar="HOST:PORT", envvar=ADDRESS_VARIABLE, callback=_host_and_port, help="The server."
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Argument(metavar="PROMPT", help="The prompt, or - to read it from stdin.", show_default=False)
+]
+File = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Read the prompt from this file."),
+]
+Namespace = Annotated[
+    str, typer.Option(help="Share cached prefixes only within this namespace.", show_default="the caller's own")
+]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of text.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the most probable token, more adds chance.", show_default="0")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed and prompt give the same tokens.")]
+Timeout = Annotated[float | None, typer.Option(min=0.001, help="Seconds to wait for the whole answer.")]
+
+
+@app.callback()
+def prefixcache(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Prefix caching for language models: a prompt pays only for the tokens that are new."""
+
+
+@app.command()
+def serve() -> None:
+    """Start a server.
+
+    Ctrl+C or SIGTERM ends it: requests in progress may finish, new ones are refused. A second one ends it at once.
+    """
+
+
+@app.command()
+def generate(
+    prompt: Prompt = None,
+    file: File = None,
+    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; can be given again.")] = None,
+    namespace: Namespace = "",
+    no_read: Annotated[bool, typer.Option("--no-read", help="Compute the whole prompt, whatever is cached.")] = False,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing for later requests.")] = False,
+    timeout: Timeout = None,
+    as_json: Json = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Continue a prompt, and say what the cache saved."""
+    from prefixcache.explain import cost, sentence
+
+    text = _prompt(prompt, file)
+    options: GenerateOptions = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "stop": stop,
+        "namespace": namespace,
+        "read_cache": not no_read,
+        "store_cache": not no_store,
+        "timeout": timeout,
+    }
+    with _client(address) as client, client.stream(text, **options) as stream:
+        if not as_json:
+            terminal.write(stream)
+        completion = stream.result()
+    if as_json:
+        _write_json(
+            text=completion.text,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            stopped_by=completion.stopped_by,
+            request_id=completion.request_id,
+            **dataclasses.asdict(completion.usage),
+            miss_reason=completion.miss_reason,
+            miss_position=completion.miss_position,
+            explanation=sentence(completion),
+            ttft_seconds=completion.ttft,
+            total_seconds=completion.elapsed,
+        )
+    else:
+        terminal.note(cost(completion))
+
+
+@app.command()
+def chat(
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    namespace: Namespace = "",
+    timeout: Timeout = None,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Talk to the model, and see what each turn costs.
+
+    Lines that are piped in are the turns.
+    """
+    from prefixcache.chat import chat as talk
+
+    options: GenerateOptions = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "namespace": namespace,
+        "timeout": timeout,
+    }
+    with _client(address) as client:
+        talk(client, system, options)
+
+
+@app.command()
+def lookup(
+    prompt: Prompt = None,
+    file: File = None,
+    namespace: Namespace = "",
+    timeout: Timeout = 30,
+    as_json: Json = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Say how much of a prompt is cached, and why not more.
+
+    Nothing is computed, and nothing in the cache changes.
+    """
+    from prefixcache.explain import around, sentence
+
+    text = _prompt(prompt, file)
+    with _client(address) as client:
+        found = client.lookup(text, namespace=namespace, timeout=timeout)
+        if as_json:
+            _write_json(**dataclasses.asdict(found), explanation=sentence(found))
+            return
+        cached, total = found.cached_tokens, found.prompt_tokens
+        typer.echo(f"{cached:,} of {total:,} prompt tokens are cached ({terminal.percent(cached, total)})")
+        typer.echo(sentence(found))
+        if 0 < cached < total - 1 and (place := around(client, text, cached)):
+            before, after = (json.dumps(part, ensure_ascii=False)[1:-1] for part in place)
+            typer.echo(f"the place: ...{before} <-- cached | not cached --> {after}...")
+
+
+@app.command()
+def stats(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl+C, with rates.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,
+    count: Annotated[int | None, typer.Option(min=1, help="End --watch after this many looks.")] = None,
+    timeout: Timeout = 30,
+    as_json: Annotated[bool, typer.Option("--json", help="Write a JSON object instead, one per line.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Show what the cache holds and what it has saved."""
+    with _client(address) as client:
+        if as_json:
+            for _ in _ticks(interval, count if watch else 1):
+                snapshot = dataclasses.asdict(client.stats(timeout=timeout))
+                _write_json(**snapshot, address=address)
+        elif watch:
+            _watch(client, interval, count, timeout)
+        else:
+            terminal.console().print(terminal.stats_view(client.stats(timeout=timeout)))
+
+
+def _watch(client: Client, interval: float, count: int | None, timeout: float | None) -> None:
+    """Show the statistics in place. A server that stops answering is asked again; it may be restarting."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    console = terminal.console()
+    if not console.is_terminal:
+        raise typer.BadParameter("there is no terminal to draw on; --watch --json writes one object per line")
+    meter = terminal.RateMeter()
+    view = terminal.stats_view(client.stats(timeout=timeout))
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        for _ in _ticks(interval, count):
+            try:
+                snapshot = client.stats(timeout=timeout)
+            except PrefixCacheError as error:
+                footer = Text(f"{client.target} does not answer, trying again: {error}", "red")
+            else:
+                view = terminal.stats_view(snapshot, meter.add(snapshot))
+                footer = Text(f"{client.target}, up {snapshot.uptime:,.0f} s; Ctrl+C ends", "dim")
+            live.update(Group(view, footer), refresh=True)
+
+
+def _ticks(interval: float, count: int | None) -> Iterator[None]:
+    """Yield at once and then every `interval` seconds, `count` times or for ever."""
+    done = 0
+    while True:
+        yield
+        done += 1
+        if count is not None and done >= count:
+            return
+        time.sleep(interval)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt from wherever it is, exactly as it is there."""
+    if (prompt is None) == (file is None):
+        raise typer.BadParameter("give the prompt as PROMPT, or - to read it from stdin, or with --file")
+    if prompt is not None and prompt != "-":
+        return prompt
+    data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        where = "stdin" if file is None else str(file)
+        raise typer.BadParameter(f"{where} is not UTF-8 text: byte {error.start} cannot be read") from None
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Client]:
+    from prefixcache.client import Client
+
+    try:
+        with Client(address) as client:
+            yield client
+    except Unavailable:
+        if _answers(address):
+            raise
+        raise Unavailable(
+            f"no server answers at {address}: start one with `prefixcache serve`, or name another with --address"
+        ) from None
+
+
+def _answers(address: str) -> bool:
+    """Whether anything accepts connections at `address`; True if it is not a host and a port, so cannot be tried."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _write_json(**fields: object) -> None:
+    typer.echo(json.dumps(fields, ensure_ascii=False))
+    sys.stdout.flush()

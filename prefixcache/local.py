@@ -1,0 +1,94 @@
+"""A server of one's own on this machine: for examples, notebooks, tests and benchmarks.
+
+    with LocalServer("--model", "embedded") as server, Client(server.address) as client:
+        print(client.generate("Once upon a time", max_tokens=50).text)
+
+It is `prefixcache serve` in a process of its own, on a free loopback port. Needs
+`prefixcache[engine]`; the process that uses it does not load torch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from prefixcache.client import Client
+from prefixcache.errors import DeadlineExceeded, Unavailable
+
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+
+
+class LocalServer:
+    """A server with the given options of `prefixcache serve`; serves inside the `with` block.
+
+    Entering waits until the server is ready and raises Unavailable, with the end of its
+    log, if it does not get there. Leaving ends it with SIGTERM, so that it drains.
+    """
+
+    def __init__(self, *options: str, environment: Mapping[str, str] | None = None) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self._command = [sys.executable, "-m", "prefixcache", "serve", *options]
+        self._environment = dict(os.environ if environment is None else environment)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `__exit__`
+        self.process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Self:
+        host, port = self.address.rsplit(":", 1)
+        command = [*self._command, "--host", host, "--port", port]
+        self.process = subprocess.Popen(command, env=self._environment, stdout=self._log, stderr=self._log)
+        try:
+            self._wait()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            self._log.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise Unavailable(f"the server did not end within {STOP_SECONDS:g} s of SIGTERM and was killed") from None
+        finally:
+            self._log.close()
+
+    def log(self) -> str:
+        """Return what the server has written so far."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def _wait(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        with Client(self.address) as client:
+            while True:
+                try:
+                    client.wait_until_ready(timeout=0.5)
+                    return
+                except DeadlineExceeded as error:
+                    if self.process.poll() is not None:
+                        code = self.process.returncode
+                        raise Unavailable(f"the server ended with exit code {code}: {self.log()[-2000:]}") from None
+                    if time.monotonic() > end:
+                        raise Unavailable(f"{error}: {self.log()[-2000:]}") from None
+
+
+def free_port() -> int:
+    """Return a loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

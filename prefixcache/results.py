@@ -1,0 +1,303 @@
+"""What a client gets back: plain data, made from the protocol's messages.
+
+Counts are tokens and times are seconds. A reason that this version does not know is
+None.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prefixcache.errors import Internal
+from prefixcache.reasons import MissReason
+from prefixcache.v1 import cache_pb2, generation_pb2, prompt_pb2
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What the cache had for a request when it was admitted."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    miss_reason: MissReason | None
+    miss_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms: that of the chosen token, and (token id, logprob) of the most probable ones."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request; cached + computed = prompt."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    completion_tokens: int
+    recomputed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """By the server's clock: arrival to admission, to first token, to the end; forward passes to first token."""
+
+    queue: float
+    first_token: float
+    total: float
+    prefill: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation.
+
+    `stopped_by` is the stop string or stop token id (in decimal) that ended it, or "".
+    `logprobs` has one entry per token if they were asked for. `ttft` and `elapsed` are
+    measured by the client, from sending to the first token and to the end; `ttft` is
+    None if there was no token.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    finish_reason: FinishReason
+    stopped_by: str
+    started: Started
+    usage: Usage
+    timings: Timings
+    ttft: float | None
+    elapsed: float
+
+    @property
+    def request_id(self) -> str:
+        return self.started.request_id
+
+    @property
+    def miss_reason(self) -> MissReason | None:
+        """Why no more of the prompt was cached."""
+        return self.started.miss_reason
+
+    @property
+    def miss_position(self) -> int:
+        """Where the prompt left the cached path."""
+        return self.started.miss_position
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """How much of a prompt is cached, why not more, and where it leaves the cached path."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    miss_reason: MissReason | None
+    miss_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The served model; `max_length` is prompt plus output."""
+
+    name: str
+    architecture: str
+    max_length: int
+    vocab_size: int
+    dtype: str
+    device: str
+    block_size: int
+    has_chat_template: bool
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStats:
+    """The block pool; free + cached + leased = total."""
+
+    block_size: int
+    total: int
+    free: int
+    cached: int
+    leased: int
+    evicted: int
+    bytes_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Waiting and running now; the rest counted since the start."""
+
+    waiting: int
+    running: int
+    admitted: int
+    finished: int
+    aborted: int
+    preempted: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Tokens since the start; prompt = cached + computed."""
+
+    prompt: int
+    cached: int
+    computed: int
+    recomputed: int
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sizes now and counters since the start; `miss_reasons` counts requests by reason, `uptime` is in seconds."""
+
+    blocks: BlockStats
+    requests: RequestStats
+    tokens: TokenStats
+    miss_reasons: Mapping[str, int]
+    uptime: float
+
+
+class Fold:
+    """Collects the events of one generation; `started` is set as soon as it is known."""
+
+    def __init__(self) -> None:
+        self.started: Started | None = None
+        self._sent = time.perf_counter()
+        self._first: float | None = None
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._completion: Completion | None = None
+
+    def add(self, response: generation_pb2.GenerateResponse) -> str:
+        """Take the next event and return the text it adds, which may be ""."""
+        match response.WhichOneof("event"):
+            case "started":
+                message = response.started
+                self.started = Started(
+                    message.request_id,
+                    message.prompt_tokens,
+                    message.cached_tokens,
+                    _miss_reason(message.miss_reason),
+                    message.miss_position,
+                )
+            case "delta":
+                return self._delta(response.delta)
+            case "finished":
+                self._completion = self._finish(response.finished)
+        return ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last event has come."""
+        return self._completion is not None
+
+    def completion(self) -> Completion:
+        """Return the result. Raises Internal if the server ended the stream without one."""
+        if self._completion is None:
+            raise Internal("the server ended the stream before the output was finished; send the request again")
+        return self._completion
+
+    def _delta(self, delta: generation_pb2.Delta) -> str:
+        if self._first is None and delta.token_ids:
+            self._first = time.perf_counter()
+        self._texts.append(delta.text)
+        self._token_ids += delta.token_ids
+        for entry in delta.logprobs:
+            top = tuple((candidate.token_id, candidate.logprob) for candidate in entry.top)
+            self._logprobs.append(TokenLogprobs(entry.logprob, top))
+        return delta.text
+
+    def _finish(self, finished: generation_pb2.Finished) -> Completion:
+        if self.started is None:
+            raise Internal("the server finished a request that it had not started; report this")
+        usage, timings = finished.usage, finished.timings
+        stopped = finished.reason == generation_pb2.FINISH_REASON_STOP
+        return Completion(
+            text="".join(self._texts),
+            token_ids=self._token_ids,
+            logprobs=self._logprobs,
+            finish_reason="stop" if stopped else "length",
+            stopped_by=finished.stopped_by,
+            started=self.started,
+            usage=Usage(
+                usage.prompt_tokens,
+                usage.cached_tokens,
+                usage.computed_tokens,
+                usage.completion_tokens,
+                usage.recomputed_tokens,
+            ),
+            timings=Timings(
+                timings.queue.ToNanoseconds() / 1e9,
+                timings.first_token.ToNanoseconds() / 1e9,
+                timings.total.ToNanoseconds() / 1e9,
+                timings.prefill.ToNanoseconds() / 1e9,
+            ),
+            ttft=None if self._first is None else self._first - self._sent,
+            elapsed=time.perf_counter() - self._sent,
+        )
+
+
+def lookup_from(message: cache_pb2.LookupResponse) -> Lookup:
+    return Lookup(
+        message.prompt_tokens, message.cached_tokens, _miss_reason(message.miss_reason), message.miss_position
+    )
+
+
+def model_from(message: generation_pb2.GetModelResponse) -> Model:
+    return Model(
+        message.name,
+        message.architecture,
+        message.max_length,
+        message.vocab_size,
+        message.dtype,
+        message.device,
+        message.block_size,
+        message.has_chat_template,
+        tuple(message.eos_token_ids),
+        message.fingerprint,
+    )
+
+
+def stats_from(message: cache_pb2.GetStatsResponse) -> Stats:
+    blocks, requests, tokens = message.blocks, message.requests, message.tokens
+    return Stats(
+        BlockStats(
+            blocks.block_size,
+            blocks.total,
+            blocks.free,
+            blocks.cached,
+            blocks.leased,
+            blocks.evicted,
+            blocks.bytes_per_block,
+        ),
+        RequestStats(
+            requests.waiting,
+            requests.running,
+            requests.admitted,
+            requests.finished,
+            requests.aborted,
+            requests.preempted,
+            requests.steps,
+        ),
+        TokenStats(tokens.prompt, tokens.cached, tokens.computed, tokens.recomputed, tokens.generated),
+        dict(message.miss_reasons),
+        message.uptime.ToNanoseconds() / 1e9,
+    )
+
+
+def _miss_reason(value: prompt_pb2.MissReason.ValueType) -> MissReason | None:
+    entry = prompt_pb2.MissReason.DESCRIPTOR.values_by_number.get(value)
+    name = "" if entry is None else entry.name.removeprefix("MISS_REASON_")
+    return MissReason[name] if name in MissReason.__members__ else None

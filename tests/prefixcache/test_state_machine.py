@@ -1,0 +1,369 @@
+"""A hypothesis state machine drives the cache against a naive model that keeps every sequence in a list.
+
+The sacred part is a simulated memory: what a lease computes is written as
+`memory[block][slot] = (namespace, all tokens up to this position)`, a block source
+is copied slot by slot, fresh blocks are wiped, and every token that a live lease
+calls cached or computed must find exactly its own prefix in its slot, after every
+step. A block handed out twice, copied wrongly, freed too early or shown to another
+namespace cannot pass that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from prefixcache.cache import CacheEvent, Lease, OutOfBlocks, PrefixCache, Removed, Stored
+from prefixcache.eviction import POLICIES
+from prefixcache.reasons import MissReason
+from prefixcache.tokens import HASH_BYTES, pack
+from prefixcache.tree import MAX_EDGE_BLOCKS
+
+Slot = tuple[str, tuple[int, ...]]
+PROFILE = settings(
+    max_examples=250,
+    stateful_step_count=80,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+BASES = (
+    (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    (0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0),
+    (1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0),
+)
+
+namespaces = st.sampled_from(["", "", "", "a", "b"])
+# Prompts leave a few bases anywhere, so they share prefixes, collide and split each other's edges.
+prompts = st.builds(
+    lambda base, length, own: (base[:length] + tuple(own))[:14] or (0,),
+    st.sampled_from(BASES),
+    st.integers(0, 12),
+    st.lists(st.integers(0, 1), max_size=4),
+)
+which = st.integers(0, 5)  # one of the running requests
+
+
+@dataclass(eq=False)
+class Running:
+    """A request as the engine would hold it."""
+
+    lease: Lease
+    namespace: str
+    tokens: tuple[int, ...]  # the prompt, then what it generates
+    prompt: int
+    computed: int  # tokens whose slots are filled
+    stores: bool
+    invalidated: bool = False
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Requests of three namespaces against one small cache."""
+
+    policy = "lru"
+    max_edge_blocks = MAX_EDGE_BLOCKS
+
+    @initialize(total=st.integers(3, 40), block_size=st.sampled_from([1, 2, 3, 4]), remembered=st.integers(0, 4))
+    def build(self, total: int, block_size: int, remembered: int) -> None:
+        self.size = block_size
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("prefixcache.cache.MAX_EDGE_BLOCKS", self.max_edge_blocks)
+        self.events: list[CacheEvent] = []
+        self.cache = PrefixCache(
+            total,
+            block_size,
+            policy=POLICIES[self.policy],
+            listener=self.events.append,
+            memory_of_removed=remembered,
+        )
+        self.memory: list[list[Slot | None]] = [[None] * block_size for _ in range(total)]
+        self.running: list[Running] = []
+        self.stored: list[Slot] = []  # every sequence a match may use, most of them prefixes of others
+        self.complete = True  # nothing of `stored` has been evicted
+        self.matchable: set[bytes] = set()
+        self.replayed = 0
+
+    def teardown(self) -> None:
+        self.patch.undo()
+        for request in list(self.running):
+            request.lease.release()
+        self.cache.check()
+        assert self.cache.stats().leased == 0, "a lease leaked"
+        self.cache.invalidate()
+        self.cache.check()
+        assert self.cache.stats().free == self.cache.total_blocks
+
+    # The model
+
+    def cached_at_most(self, namespace: str, tokens: tuple[int, ...]) -> int:
+        """The longest prefix, without the last token, that was stored and not invalidated since."""
+        longest = 0
+        for owner, sequence in self.stored:
+            if owner == namespace:
+                shared = 0
+                while shared < min(len(sequence), len(tokens) - 1) and sequence[shared] == tokens[shared]:
+                    shared += 1
+                longest = max(longest, shared)
+        return longest
+
+    def being_computed(self, namespace: str, tokens: tuple[int, ...], block: int) -> bool:
+        end = (block + 1) * self.size
+        return end < len(tokens) and any(
+            request.namespace == namespace
+            and request.stores
+            and not request.invalidated
+            and request.lease.shared <= block
+            and end <= request.prompt
+            and request.tokens[:end] == tokens[:end]
+            for request in self.running
+        )
+
+    def expect(self, request: Running, position: int) -> None:
+        """The slot of a position holds the request's own prefix."""
+        block = request.lease.blocks[position // self.size]
+        expected = (request.namespace, request.tokens[: position + 1])
+        assert self.memory[block][position % self.size] == expected
+
+    # The ways of a request
+
+    @precondition(lambda self: len(self.running) < 6)
+    @rule(namespace=namespaces, tokens=prompts, read=st.sampled_from([True, True, True, False]), stores=st.booleans())
+    def start(self, namespace: str, tokens: tuple[int, ...], read: bool, stores: bool) -> None:
+        self.match(namespace, tokens, read, stores)
+
+    @precondition(lambda self: self.running)
+    @rule(which=which, tokens=st.integers(1, 16), ahead=st.integers(0, 2), token=st.integers(0, 1))
+    def proceed(self, which: int, tokens: int, ahead: int, token: int) -> None:
+        request = self.running[which % len(self.running)]
+        self.allocate(request, tokens, ahead)
+        self.compute(request, tokens, token)
+
+    @precondition(lambda self: self.running)
+    @rule(which=which, blocks=st.integers(0, 3) | st.just(100))
+    def store(self, which: int, blocks: int) -> None:
+        self.commit(self.running[which % len(self.running)], blocks)
+
+    @precondition(lambda self: self.running)
+    @rule(which=which, keep_tail=st.booleans())
+    def end(self, which: int, keep_tail: bool) -> None:
+        self.release(self.running[which % len(self.running)], keep_tail)
+
+    @rule(namespace=namespaces, tokens=prompts, generated=st.integers(0, 6), keep_tail=st.booleans())
+    def whole_request(self, namespace: str, tokens: tuple[int, ...], generated: int, keep_tail: bool) -> None:
+        """A request from start to end while the others stand still."""
+        request = self.match(namespace, tokens, True, True)
+        count = len(tokens) + generated - request.computed
+        self.allocate(request, count, 0)
+        self.compute(request, count, 1)
+        self.commit(request, 100)
+        self.release(request, keep_tail)
+
+    # Steps of these
+
+    def match(self, namespace: str, tokens: tuple[int, ...], read: bool, stores: bool) -> Running:
+        packed = pack(tokens)
+        found = self.cache.lookup(packed, namespace)
+        lease = self.cache.match(packed, namespace, read=read)
+        cached, reason = lease.cached_tokens, lease.reason
+        if not read:
+            assert (cached, reason, lease.blocks, lease.source) == (0, MissReason.BYPASSED, [], None)
+        else:
+            assert found == (cached, reason, lease.position), "a lookup promised something else"
+            self.check_found(namespace, tokens, cached, reason)
+        whole, rest = divmod(cached, self.size)
+        assert lease.shared == len(lease.blocks) == whole
+        request = Running(lease, namespace, tokens, len(tokens), whole * self.size, stores)
+        self.running.append(request)
+        assert (lease.source is not None) == (rest > 0)
+        if lease.source is not None:
+            assert lease.source.tokens == rest
+            for slot in range(rest):
+                expected = (namespace, tokens[: whole * self.size + slot + 1])
+                assert self.memory[lease.source.block][slot] == expected, "a source block holds something else"
+        if stores:
+            self.cache.announce(lease, packed)
+        return request
+
+    def check_found(self, namespace: str, tokens: tuple[int, ...], cached: int, reason: MissReason) -> None:
+        allowed = self.cached_at_most(namespace, tokens)
+        assert cached <= allowed
+        if self.complete:
+            assert cached == allowed
+        assert reason is not MissReason.EVICTED or self.cache.stats().evicted
+        assert (reason is MissReason.TOO_SHORT) == (len(tokens) == 1)
+        assert (reason is MissReason.NONE) == (cached == len(tokens) - 1 and len(tokens) > 1)
+        if reason not in (MissReason.TOO_SHORT, MissReason.NONE):
+            in_flight = self.being_computed(namespace, tokens, cached // self.size)
+            assert (reason is MissReason.IN_FLIGHT) == in_flight
+
+    def allocate(self, request: Running, tokens: int, ahead: int) -> None:
+        """Blocks for the next tokens and some more, or as many as there are."""
+        lease = request.lease
+        stats, available = self.cache.stats(), self.cache.available_blocks
+        assert available == stats.free + stats.cached
+        needed = -(-(request.computed + tokens) // self.size) + ahead - len(lease.blocks)
+        before = list(lease.blocks)
+        if needed > available:
+            with pytest.raises(OutOfBlocks):
+                self.cache.allocate(lease, needed)
+            assert (lease.blocks, self.cache.stats()) == (before, stats), "a refused allocation changed something"
+        count = max(0, min(needed, available))
+        self.cache.allocate(lease, count, room=ahead)
+        fresh = lease.blocks[len(before) :]
+        assert lease.blocks[: len(before)] == before and len(fresh) == count
+        evicted = self.cache.stats().evicted - stats.evicted
+        assert evicted == max(0, count - stats.free), "not exactly what was missing was evicted"
+        if evicted:
+            self.complete = False
+        for block in fresh:
+            self.memory[block] = [None] * self.size
+        if lease.source is not None and request.computed < lease.cached_tokens and len(lease.blocks) > lease.shared:
+            source, target = self.memory[lease.source.block], self.memory[lease.blocks[lease.shared]]
+            target[: lease.source.tokens] = source[: lease.source.tokens]
+            request.computed = lease.cached_tokens
+            lease.copied()
+            lease.copied()
+
+    def compute(self, request: Running, tokens: int, token: int) -> None:
+        """Fill the slots of the next tokens as far as there are blocks; behind the prompt, of generated ones."""
+        lease = request.lease
+        end = min(request.computed + tokens, len(lease.blocks) * self.size)
+        request.tokens += (token,) * (end - len(request.tokens))
+        for position in range(request.computed, end):
+            assert position // self.size >= lease.shared, "writing into a block of the tree"
+            slots = self.memory[lease.blocks[position // self.size]]
+            slots[position % self.size] = (request.namespace, request.tokens[: position + 1])
+        request.computed = max(request.computed, end)
+
+    def commit(self, request: Running, blocks: int) -> None:
+        lease = request.lease
+        if not request.stores:
+            return
+        end = min(lease.shared + blocks, request.computed // self.size)
+        before = self.cache.stats().evicted
+        self.cache.commit(lease, pack(request.tokens[lease.shared * self.size : end * self.size]))
+        assert self.cache.stats().evicted == before
+        assert lease.detached == request.invalidated
+        if not lease.detached:
+            assert lease.shared == end
+            self.stored.append((request.namespace, request.tokens[: end * self.size]))
+
+    def release(self, request: Running, keep_tail: bool) -> None:
+        lease = request.lease
+        self.running.remove(request)
+        tail = request.tokens[lease.shared * self.size : request.computed]
+        if request.stores and keep_tail and len(tail) < self.size:
+            lease.release(pack(tail))
+            if tail and not request.invalidated:
+                self.stored.append((request.namespace, request.tokens[: request.computed]))
+        else:
+            lease.release()
+        stats = self.cache.stats()
+        lease.release()
+        lease.release(pack(tail))
+        lease.copied()
+        assert lease.released and self.cache.stats() == stats, "a second release did something"
+
+    # What happens besides
+
+    @precondition(lambda self: self.cache.stats().cached)
+    @rule(count=st.integers(1, 6))
+    def evict(self, count: int) -> None:
+        stats = self.cache.stats()
+        freed = self.cache.evict(count)
+        assert freed == min(count, stats.cached)
+        after = self.cache.stats()
+        assert (after.free, after.cached) == (stats.free + freed, stats.cached - freed)
+        if freed:
+            self.complete = False
+
+    @precondition(lambda self: len(self.stored) > 5)
+    @rule(namespace=namespaces | st.none())
+    def invalidate(self, namespace: str | None) -> None:
+        before = self.cache.stats()
+        freed, in_use = self.cache.invalidate(namespace)
+        after = self.cache.stats()
+        assert after.free - before.free == freed == before.cached - after.cached
+        assert in_use <= after.leased == before.leased
+        for request in self.running:
+            request.invalidated |= namespace in (None, request.namespace)
+        self.stored = [entry for entry in self.stored if namespace not in (None, entry[0])]
+        if not self.stored:
+            self.complete = True
+
+    @rule(namespace=namespaces, tokens=prompts)
+    def look(self, namespace: str, tokens: tuple[int, ...]) -> None:
+        """A lookup agrees with the model and changes nothing that can be seen."""
+        before, events = self.cache.stats(), len(self.events)
+        found = self.cache.lookup(pack(tokens), namespace)
+        assert found == self.cache.lookup(pack(tokens), namespace)
+        assert found.cached_tokens <= self.cached_at_most(namespace, tokens)
+        for beyond in range(4):
+            in_flight = self.cache.in_flight(pack(tokens), namespace, beyond=beyond)
+            assert in_flight == self.being_computed(namespace, tokens, beyond)
+        assert (self.cache.stats(), len(self.events)) == (before, events)
+
+    # After every step
+
+    @invariant()
+    def sound(self) -> None:
+        self.cache.check()
+
+    @invariant()
+    def contents_are_right(self) -> None:
+        for request in self.running:
+            for position in range(request.computed):
+                self.expect(request, position)
+
+    @invariant()
+    def events_tell_what_is_matchable(self) -> None:
+        """Replayed events name exactly the blocks in the tree, parents first and deepest out first."""
+        for event in self.events[self.replayed :]:
+            assert event.sequence == self.replayed
+            self.replayed += 1
+            hashes = [event.hashes[i : i + HASH_BYTES] for i in range(0, len(event.hashes), HASH_BYTES)]
+            match event:
+                case Stored():
+                    assert not self.matchable.intersection(hashes)
+                    self.matchable.update(hashes)
+                case Removed():
+                    assert self.matchable.issuperset(hashes)
+                    self.matchable.difference_update(hashes)
+        assert self.matchable == set(whole_block_hashes(self.cache))
+
+
+def whole_block_hashes(cache: PrefixCache) -> list[bytes]:
+    hashes = []
+    for space in cache._spaces.values():
+        for node in cache._tree.nodes(space.root):
+            if len(node.edge) >= cache.block_bytes:
+                joined = node.hashes(cache.block_bytes)
+                hashes += [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
+    return hashes
+
+
+class LfuMachine(CacheMachine):
+    policy = "lfu"
+
+
+class SlruMachine(CacheMachine):
+    policy = "slru"
+
+
+class ShortEdgesMachine(CacheMachine):
+    """Edges of two blocks at most, so that commits and growth cross edges all the time."""
+
+    max_edge_blocks = 2
+
+
+for machine in (CacheMachine, LfuMachine, SlruMachine, ShortEdgesMachine):
+    machine.TestCase.settings = PROFILE
+TestLru = CacheMachine.TestCase
+TestLfu = LfuMachine.TestCase
+TestSlru = SlruMachine.TestCase
+TestShortEdges = ShortEdgesMachine.TestCase

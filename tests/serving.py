@@ -1,0 +1,37 @@
+"""A real server in a process of its own, for tests that use the product as its users do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixcache.local import LocalServer, free_port
+
+__all__ = ["ROOT", "command", "environment", "free_port", "server"]
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment for a child that is to find the source and see no server or terminal."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFIXCACHE_")}
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR"):
+        kept.pop(name, None)
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    return kept | {"PYTHONPATH": path, "TERM": "xterm-256color"} | variables
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefixcache", *arguments]
+
+
+@contextlib.contextmanager
+def server(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run `prefixcache serve` with the embedded model; yield its address and process once it serves."""
+    small = ("--cache-memory", "64MiB", "--threads", "2")
+    with LocalServer(*small, *options, environment=environment()) as running:
+        yield running.address, running.process

@@ -1,0 +1,116 @@
+"""Every example, run as a reader of it would, and judged by what it shows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+
+from tests.serving import ROOT, environment, server
+
+EXAMPLES = ROOT / "examples"
+NUMBER = r"([\d,]+)"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with server() as (address, _):
+        yield address
+
+
+def run(name: str, *arguments: str) -> str:
+    """Return what an example writes, on a terminal that is no terminal and 100 columns wide."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
+        env=environment(COLUMNS="100"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def counts(pattern: str, output: str) -> list[tuple[int, ...]]:
+    """Return the numbers in each line that `pattern` matches."""
+    return [tuple(int(number.replace(",", "")) for number in row) for row in re.findall(pattern, output, re.MULTILINE)]
+
+
+def test_every_example_is_tested_and_listed() -> None:
+    """No example is without a test, and the list of examples is complete."""
+    here, listed = (EXAMPLES.parent / "tests" / "test_examples.py").read_text(), (EXAMPLES / "README.md").read_text()
+    for example in EXAMPLES.glob("[a-z]*.py"):
+        assert f'run("{example.name}"' in here
+        assert example.name in listed
+
+
+def test_eight_agents() -> None:
+    """With a server of its own: seven of eight agents reuse the handbook, and the server ends cleanly."""
+    output = run("eight_agents.py")
+    rows = counts(rf"^(?:\w+ )+ .*?  +{NUMBER}  +{NUMBER}  +{NUMBER}  +\S.*$", output)
+    assert len(rows) == 8
+    handbook = len((EXAMPLES / "handbook.md").read_bytes())
+    assert rows[0][1] == 0
+    assert all(cached > handbook for _, cached, _ in rows[1:])
+    assert all(cached + prefilled == prompt < 3000 for prompt, cached, prefilled in rows)
+    prompt, cached = sum(row[0] for row in rows), sum(row[1] for row in rows)
+    assert f"{cached / prompt:.0%} of {prompt:,} prompt tokens were not computed" in output
+    assert max(map(len, output.splitlines())) <= 100
+    assert "The server has shut down." in output
+
+
+def test_shared_system_prompt(address: str) -> None:
+    """The first question is cold, the others find the handbook."""
+    rows = counts(
+        rf"{NUMBER} prompt tokens = {NUMBER} cached \+ {NUMBER} prefilled",
+        run("shared_system_prompt.py", "--address", address),
+    )
+    assert rows[0][1] == 0
+    assert all(cached > 10 * prefilled for _, cached, prefilled in rows[1:])
+
+
+def test_multi_turn_chat(address: str) -> None:
+    """Every turn finds at least all that the turn before had sent."""
+    output = run("multi_turn_chat.py", "--address", address)
+    rows = counts(rf"^ *(\d) +{NUMBER} +{NUMBER} +{NUMBER} ", output)
+    assert len(rows) == 6
+    for (_, before, _, _), (_, prompt, cached, prefilled) in pairwise(rows):
+        assert before <= cached
+        assert cached + prefilled == prompt
+    ((sent, computed),) = counts(rf"^{NUMBER} prompt tokens were sent .* {NUMBER} of them computed", output)
+    assert (sent, computed) == (sum(row[1] for row in rows), sum(row[3] for row in rows))
+    assert computed * 3 < sent
+
+
+def test_stable_content_first(address: str) -> None:
+    """What changes costs least at the end: several times fewer tokens are computed for the same content."""
+    output = run("stable_content_first.py", "--address", address)
+    rows = counts(rf" (\d) +{NUMBER} +{NUMBER} +{NUMBER} +{NUMBER} *$", output)
+    first, last = rows[:4], rows[4:]
+    assert len(last) == 4
+    assert sum(row[1] for row in first) == sum(row[1] for row in last)
+    ((changing, stable),) = counts(
+        rf"{NUMBER} tokens computed with what changes first, {NUMBER} with what changes last", output
+    )
+    assert (changing, stable) == (sum(row[3] for row in first), sum(row[3] for row in last))
+    assert stable * 3 < changing
+
+
+def test_without_a_server_an_example_says_so() -> None:
+    """An address where nobody answers is one line, not a traceback."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "shared_system_prompt.py"), "--address", "127.0.0.1:1"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no answer from 127.0.0.1:1")
+    assert "Traceback" not in done.stderr
