@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROTOS := $(wildcard proto/prefixcache/v1/*.proto)
 
-.PHONY: run test check lint types contracts proto proto-check bench format clean
+.PHONY: run test check lint types contracts proto proto-check bench format clean help
 .DEFAULT_GOAL := run
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,14 +23,14 @@ test: $(STAMP)  ## all tests
 
 check: lint types contracts proto-check  ## everything that is not a test
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff: mistakes and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(STAMP)  ## mypy, strict
 	@$(BIN)/mypy
 
-contracts: $(STAMP)
+contracts: $(STAMP)  ## import-linter: who may import whom
 	@$(BIN)/lint-imports
 
 proto: $(STAMP)  ## generate prefixcache/v1 from proto/
@@ -45,9 +45,12 @@ bench: $(STAMP)  ## the benchmarks of the README, in their quick form
 	@$(BIN)/python -m benchmarks.bench_tree --quick
 	@$(BIN)/python -m benchmarks.bench_ttft --quick
 
-format: $(STAMP)
+format: $(STAMP)  ## rewrite the sources as `make lint` wants them
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:
+clean:  ## remove everything that was made here
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1 \t/' | expand -t 14

@@ -125,7 +125,7 @@ class KVPool:
         sizes = [math.prod(shape) for shape in shapes]
         if self._scratch.numel() < sum(sizes):
             self._scratch = keys.new_empty(sum(sizes))
-        copies = self._scratch[: sum(sizes)].split(sizes)
+        copies = torch.split(self._scratch[: sum(sizes)], sizes)
         return (
             torch.index_select(keys, 1, slots, out=copies[0].view(shapes[0])),
             torch.index_select(values, 1, slots, out=copies[1].view(shapes[1])),

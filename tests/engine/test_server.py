@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from engine import embedded
 from engine.assembly import Engine, OnDeath
-from engine.config import EngineConfig
+from engine.config import EngineConfig, load
+from engine.server import Server
 from engine.tokenizer import Tokenizer
 from prefixcache.client import AsyncClient, Client
 from prefixcache.errors import Cancelled, DeadlineExceeded, FailedPrecondition, ResourceExhausted, Unavailable
@@ -400,9 +401,6 @@ def test_a_port_in_use_is_an_error(paper: RunningServer) -> None:
 
 
 async def start_at(port: int) -> None:
-    from engine.config import load
-    from engine.server import Server
-
     server = Server(load({}, port=port), PaperEngine())
     try:
         await server.start()
