@@ -12,7 +12,7 @@ from engine import embedded
 from engine.config import EMBEDDED, EngineConfig
 from engine.kv import KVPool, free_memory
 from engine.loop import EngineLoop
-from engine.model import DTYPES, LoadedModel, _device, from_pretrained_model, load_model
+from engine.model import DTYPES, LoadedModel, from_pretrained_model, load_model, resolve_device
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
@@ -79,6 +79,6 @@ def _load(config: EngineConfig) -> tuple[LoadedModel, Tokenizer]:
         model = load_model(config.model, config.dtype, config.device)
         return model, Tokenizer.load(config.model, model.vocab_size)
     weights = embedded.build_model(DTYPES.get(config.dtype, torch.float32))
-    weights.to(_device(config.device))  # type: ignore[arg-type]  # transformers' annotations are wrong
+    weights.to(resolve_device(config.device))  # type: ignore[arg-type]  # transformers' annotations are wrong
     model = from_pretrained_model(weights, EMBEDDED)
     return model, Tokenizer(embedded.build_tokenizer(), model.vocab_size)

@@ -68,7 +68,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "auto") -> Loaded
     for an unknown dtype or device, FailedPrecondition if the device is not there or the
     model cannot be served.
     """
-    where = _device(device)
+    where = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidArgument(f"there is no dtype {dtype!r}: choose auto, {', '.join(DTYPES)}")
     source = os.path.expanduser(source)
@@ -123,7 +123,8 @@ def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
     )
 
 
-def _device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """Return "cpu" or "cuda" for "auto", "cpu" or "cuda"; see `load_model` for what it raises."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):

@@ -7,8 +7,6 @@ cache, and trusts the block tables.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
@@ -19,9 +17,6 @@ from engine.plan import Plan, Span
 from engine.request import Request, Sampled, SamplingParams
 from engine.sampler import Row, sample
 from engine.scheduler import Chunk, Step
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 WARM_UP_TOKENS = 16
 
@@ -73,7 +68,5 @@ class Runner:
 
 
 def _row(chunk: Chunk) -> Row:
-    request = chunk.request
-    end = chunk.start + len(chunk.tokens)
-    tokens: Sequence[int] = request.tokens if len(request.tokens) == end else request.tokens[:end]
-    return Row(request.params, request.seed, tokens, len(request.prompt))
+    request = chunk.request  # a chunk that samples ends where its request's tokens end
+    return Row(request.params, request.seed, request.tokens, len(request.prompt))

@@ -178,21 +178,15 @@ class Scheduler:
 
         With `error`, the request is told by a `Failed`; without, it hears nothing more.
         """
-        if request.state is State.FINISHED:
-            return
-        if request.state is State.WAITING:
-            self._waiting.remove(request)
-        else:
-            self._running.remove(request)
-            self._release(request)
-        request.state = State.FINISHED
-        self._totals.aborted += 1
-        if error is not None:
-            request.sink(Failed(error))
+        if self._end(request):
+            self._totals.aborted += 1
+            if error is not None:
+                request.sink(Failed(error))
 
-    def abort_all(self, error: PrefixCacheError) -> None:
-        for request in [*self._running, *self._waiting]:
-            self.abort(request, error)
+    def complete(self, request: Request) -> None:
+        """End a request whose caller has all it wants: counted as finished. Idempotent; no event follows."""
+        if self._end(request):
+            self._totals.finished += 1
 
     def lookup(self, prompt: Sequence[int], namespace: str) -> Found:
         """What a request with this prompt would find now."""
@@ -378,6 +372,18 @@ class Scheduler:
             packed = pack(request.tokens[start:end])
         self.cache.commit(lease, packed)
 
+    def _end(self, request: Request) -> bool:
+        """Take a request out of wherever it is; returns False if it had ended already."""
+        if request.state is State.FINISHED:
+            return False
+        if request.state is State.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+            self._release(request)
+        request.state = State.FINISHED
+        return True
+
     def _release(self, request: Request) -> None:
         """Let a request's blocks go, keeping its partly filled last one for an exact repeat."""
         lease = request.lease
@@ -401,10 +407,7 @@ class Scheduler:
             self._finish(request, now, sample.token if ends else None)
 
     def _finish(self, request: Request, now: float, stop_token: int | None) -> None:
-        self._running.remove(request)
-        self._release(request)
-        request.state = State.FINISHED
-        self._totals.finished += 1
+        self.complete(request)
         assert request.started is not None and request.first_token_at is not None
         usage = Usage(
             prompt_tokens=request.started.prompt_tokens,

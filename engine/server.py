@@ -30,6 +30,7 @@ from engine.config import EngineConfig
 from engine.events import EventBridge, EventStream
 from engine.loop import clock
 from engine.request import Failed, Finished, FinishReason, Request, Sampled, Started, Timings, Usage
+from engine.scheduler import Scheduler
 from engine.tokenizer import Prompt, TextStream
 from prefixcache.errors import FailedPrecondition, Internal, PrefixCacheError, Unavailable
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -273,9 +274,9 @@ async def _relay(engine: Engine, request: Request, events: EventStream, context:
 async def _stopped(engine: Engine, request: Request, tokens: int) -> Finished:
     """End a request of which a stop string was found, and return what the engine would have said of it."""
     now = clock()
-    engine.loop.abort(request)
 
-    def finish(_: object) -> Finished:
+    def finish(scheduler: Scheduler) -> Finished:
+        scheduler.complete(request)
         assert request.started is not None and request.first_token_at is not None
         started = request.started
         usage = Usage(started.prompt_tokens, started.cached_tokens, tokens, request.recomputed)

@@ -237,6 +237,22 @@ def test_abort_is_idempotent_and_keeps_what_was_computed() -> None:
     assert bench.scheduler.lookup(prompt_of(40), "").cached_tokens == 32
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_caller_who_has_enough(steps: int) -> None:
+    """A request completed from outside counts as finished, in prefill as in decoding, and leaves nothing behind."""
+    bench = Bench(max_batch_tokens=16)
+    request = bench.submit(prompt_of(30))
+    for _ in range(steps):
+        bench.step()
+    bench.scheduler.complete(request)
+    bench.scheduler.complete(request)
+    bench.scheduler.abort(request, Unavailable("too late"))
+    totals = bench.scheduler.stats().totals
+    assert (totals.finished, totals.aborted) == (1, 0)
+    assert bench.scheduler.idle and bench.cache.stats().leased == 0
+    assert not any(isinstance(event, Failed | Finished) for event in bench.events[request.id])
+
+
 def test_ends() -> None:
     """An output ends at an end-of-sequence token, a stop token, max_tokens or the end of the pool."""
     bench = Bench(blocks=8)
