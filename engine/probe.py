@@ -117,7 +117,7 @@ def _check_layers(config: PreTrainedConfig, layers: list[tuple[LayerGeometry, in
     """Raise FailedPrecondition if layers keep a state that is not here, or a window is not told of."""
     expected = config.num_hidden_layers
     if len(layers) != expected:
-        raise FailedPrecondition(f"{len(layers)} of its {expected} layers use the attention interface")
+        raise FailedPrecondition(f"its {expected} layers call the attention interface {len(layers)} times")
     windows = [window for _, window in layers]
     kinds = getattr(config, "layer_types", None)
     if kinds is None:

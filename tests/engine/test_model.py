@@ -164,7 +164,7 @@ def test_layers_without_our_attention_are_refused() -> None:
     """A layer that calls something else would have no cached prefix."""
     model = models.build("llama")
     model.config.num_hidden_layers = 4
-    with pytest.raises(FailedPrecondition, match="3 of its 4 layers"):
+    with pytest.raises(FailedPrecondition, match="4 layers call the attention interface 3 times"):
         from_pretrained_model(model, "x")
 
 
