@@ -36,7 +36,7 @@ contracts: $(STAMP)  ## import-linter: who may import whom
 proto: $(STAMP)  ## generate prefixcache/v1 from proto/
 	@$(BIN)/python -m grpc_tools.protoc -Iproto \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
 
 proto-check: proto  ## the generated code is that of proto/
 	@git diff --exit-code -- prefixcache/v1 || (echo "prefixcache/v1 differs from proto/: run 'make proto' and commit the result"; exit 1)

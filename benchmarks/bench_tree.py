@@ -31,7 +31,7 @@ from rich.table import Table
 from xxhash import xxh3_128_digest
 
 from benchmarks import workloads
-from benchmarks.machine import describe, machine
+from benchmarks.machine import describe, machine, wide_console
 from benchmarks.workloads import Request, Workload
 from prefixcache.cache import CacheEvent, Lease, PrefixCache
 from prefixcache.eviction import POLICIES
@@ -379,7 +379,7 @@ def main(
     trace: Trace = None, trace_requests: TraceRequests = 3_000, output: Output = None, quick: Quick = False
 ) -> None:
     """Measure match, insert and evict, beside a dictionary of chained block hashes."""
-    console = Console()
+    console = wide_console()
     scale = 10 if quick else 1
     named: dict[str, Workload] = {
         "agents": partial(workloads.agents, 5_000 // scale),

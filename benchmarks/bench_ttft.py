@@ -17,6 +17,7 @@ Nothing here asserts a time; it reports what it finds.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import statistics
@@ -32,7 +33,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import shapes
-from benchmarks.machine import describe, machine
+from benchmarks.machine import describe, machine, wide_console
 from prefixcache.client import Client
 from prefixcache.local import LocalServer
 
@@ -41,17 +42,24 @@ LENGTHS = (256, 1024, 4096)
 VOCAB = 4000  # ids that every shape has
 
 
-def sequence(source: random.Random, length: int) -> list[int]:
-    return source.choices(range(300, VOCAB), k=length)
+class Prompts:
+    """Random token ids; no two sequences begin with the same one."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+        self._first = itertools.count(300)
+
+    def sequence(self, length: int) -> list[int]:
+        return [next(self._first), *self._random.choices(range(300, VOCAB), k=length - 1)]
 
 
-def first_tokens(client: Client, length: int, repeats: int, source: random.Random) -> dict[str, list[float]]:
+def first_tokens(client: Client, length: int, repeats: int, prompts: Prompts) -> dict[str, list[float]]:
     """Send `repeats` pairs of a cold and a warm prompt; returns seconds by name."""
     seconds: dict[str, list[float]] = {name: [] for name in ("cold", "cold forward", "warm", "warm forward")}
     for _ in range(repeats):
-        prefix = sequence(source, length - SUFFIX)
+        prefix = prompts.sequence(length - SUFFIX)
         for name, cached in (("cold", 0), ("warm", length - SUFFIX)):
-            completion = client.generate(prefix + sequence(source, SUFFIX), max_tokens=1, ignore_eos=True)
+            completion = client.generate(prefix + prompts.sequence(SUFFIX), max_tokens=1, ignore_eos=True)
             if completion.usage.cached_tokens != cached:
                 raise RuntimeError(f"{completion.usage.cached_tokens} tokens were cached, expected {cached}")
             if completion.ttft is None:
@@ -77,8 +85,7 @@ def generations(path: Path, address: str, prompt: int, output: int, repeats: int
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    source = random.Random(1)
-    ids = sequence(source, prompt)
+    ids = Prompts().sequence(prompt)
     tokens: dict[str, list[int]] = {}
 
     def transformers(use_cache: bool) -> Callable[[], None]:
@@ -133,14 +140,14 @@ def main(
     shape: Annotated[str, typer.Option(help=f"The model: {', '.join(shapes.SHAPES)}.")] = "tiny",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Pairs of a cold and a warm prompt per length.", min=1)] = 15,
-    output: Annotated[int, typer.Option(help="Tokens to generate in the second comparison.", min=1)] = 300,
+    output: Annotated[int, typer.Option(help="Tokens to generate in the second comparison.", min=1)] = 200,
     result_file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
     quick: Annotated[bool, typer.Option(help="Few repeats, to see that everything runs.")] = False,
 ) -> None:
     """Measure the time to first token, cold and warm, and the server's overhead."""
     if quick:
         repeats, output = 3, 32
-    console = Console()
+    console = wide_console()
     where = machine()
     console.print(f"{describe(where)}; model: {shape}, {dtype}; medians of {repeats}")
     report: dict[str, Any] = {"machine": where, "shape": shape, "dtype": dtype, "repeats": repeats}
@@ -150,17 +157,17 @@ def main(
         progress.update(task, description="starting the server", advance=1)
         options = ("--dtype", dtype, "--cache-memory", "1GiB")
         with LocalServer("--model", str(path), *options) as server, Client(server.address) as client:
-            source = random.Random(0)
+            prompts = Prompts()
             for length in LENGTHS:  # every size of step once, so that none is the first
-                first_tokens(client, length, 1, source)
+                first_tokens(client, length, 1, prompts)
             report["ttft"] = {}
             for length in LENGTHS:
                 progress.update(task, description=f"{length} tokens", advance=1)
-                report["ttft"][length] = summarize(first_tokens(client, length, repeats, source))
+                report["ttft"][length] = summarize(first_tokens(client, length, repeats, prompts))
         progress.update(task, description=f"GPT-2 medium, {output} tokens", advance=1)
         path = shapes.make("gpt2-medium", Path(directory))
         with LocalServer("--model", str(path), "--dtype", "float32", "--cache-memory", "1GiB") as server:
-            report["generate"] = generations(path, server.address, 64, output, 1 if quick else 3)
+            report["generate"] = generations(path, server.address, 64, output, 1 if quick else 2)
     show(report, output, console)
     if result_file:
         result_file.write_text(json.dumps(report, indent=2) + "\n")

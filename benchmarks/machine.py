@@ -1,4 +1,4 @@
-"""Where a benchmark ran."""
+"""Where a benchmark ran, and where it writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 
 def machine() -> dict[str, Any]:
@@ -20,3 +22,9 @@ def machine() -> dict[str, Any]:
 
 def describe(where: dict[str, Any]) -> str:
     return f"{where['cpu']}, {where['cores']} cores, Python {where['python']}"
+
+
+def wide_console() -> Console:
+    """The terminal; in a file, lines of 110 characters, so that tables stay whole."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
