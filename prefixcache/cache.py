@@ -147,7 +147,8 @@ class PrefixCache:
     """A radix tree over `total_blocks` blocks of `block_size` tokens.
 
     `fingerprint` names what computes the blocks (model, dtype, tokenizer) and `secret`
-    is the deployment's; both only enter the hashes. `listener` gets every event.
+    is the deployment's; both only enter the hashes. `listener` gets every event; it must
+    neither raise nor call the cache.
     """
 
     def __init__(
@@ -313,7 +314,6 @@ class PrefixCache:
                     child = tree.split(child, depth)
             self._adopt(lease, child.blocks)
             node, offset = child, offset + depth * size
-        self._touch(node)
         if node is not lease.node:
             tree.acquire(node)
             self._let_go(lease.node)
@@ -436,6 +436,7 @@ class PrefixCache:
         blocks = lease.blocks[lease.shared : lease.shared + (len(packed) - offset) // size]
         lease.shared += len(blocks)
         edge = packed[offset:]
+        self._drop_superseded_tail(node, edge[:size])
         alone = node is lease.node and node.refs == 1 and not node.children and node.parent is not None
         if alone and len(node.blocks) < MAX_EDGE_BLOCKS:
             done = len(node.blocks)
@@ -444,7 +445,6 @@ class PrefixCache:
             edge, blocks = edge[fits * size :], blocks[fits:]
             self._publish_stored(lease.space, node, done)
         while blocks:
-            self._drop_superseded_tail(node, edge[:size])
             node = self._tree.insert(node, edge[: MAX_EDGE_BLOCKS * size], blocks[:MAX_EDGE_BLOCKS])
             edge, blocks = edge[MAX_EDGE_BLOCKS * size :], blocks[MAX_EDGE_BLOCKS:]
             self._publish_stored(lease.space, node, 0)
@@ -492,6 +492,7 @@ class PrefixCache:
     def _release(self, lease: Lease, tail: bytes) -> None:
         self._leases.remove(lease)
         lease.space.computing.discard(lease)
+        lease._target = b""
         self._drop_source(lease)
         if lease.blocks:
             self._pool.settle(lease.blocks[-1])

@@ -33,7 +33,7 @@ def lfu(node: Node) -> tuple[int, int]:
 
 
 def slru(node: Node) -> tuple[bool, int]:
-    """Segmented LRU: what was never reused goes before what was; least recently used within each."""
+    """LRU in two segments: what was never reused goes before all that was, however long ago that was."""
     return node.hits > 0, node.last_used
 
 

@@ -28,6 +28,7 @@ def pack(ids: Iterable[int]) -> bytes:
 
     Raises InvalidArgument if one is not an integer from 0 to 2**32 - 1.
     """
+    assert not isinstance(ids, bytes | bytearray), "bytes are packed already"
     try:
         packed = array("I", ids)
     except (OverflowError, TypeError) as error:

@@ -61,7 +61,8 @@ def reference_token(logits: list[float], row: Row) -> tuple[int, bool]:
     """The token, and whether rounding could have made it another one."""
     if row.params.temperature == 0:
         changed = reference_logits(logits, row)
-        return changed.index(max(changed)), False
+        best, *others = sorted(changed, reverse=True)
+        return changed.index(best), best - others[0] < 1e-5
     number, reached = uniform(row.seed, row.index), 0.0
     close = False
     for token, probability in (distribution := reference_distribution(logits, row)).items():

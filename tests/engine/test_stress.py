@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 
 from engine import embedded
+from engine.request import Sampled
+from engine.scheduler import Step
 from prefixcache.client import AsyncClient
 from prefixcache.errors import Cancelled, DeadlineExceeded, PrefixCacheError
-from tests.engine.paper import generate
-from tests.engine.serving import PaperEngine, RunningServer
+from tests.engine.paper import PaperRunner, generate
+from tests.engine.serving import BLOCK, PaperEngine, RunningServer
 
 CALLS = 300
 VOCAB = 256  # what the paper runner says
@@ -56,9 +59,18 @@ async def storm(address: str) -> Counter[str]:
     return Counter(end if isinstance(end, str) else type(end).__name__ for end in ends)
 
 
+class SlowRunner(PaperRunner):
+    """Takes its time, so that calls pile up and deadlines pass in every state."""
+
+    def run(self, step: Step) -> list[Sampled | None]:
+        time.sleep(0.003)
+        return super().run(step)
+
+
 def test_storm() -> None:
     """Every call ends with the right answer or the status it asked for; afterwards nothing is held."""
-    with RunningServer(PaperEngine(blocks=40, max_running=16), max_queue=CALLS) as server:
+    engine = PaperEngine(blocks=40, max_running=16, runner=SlowRunner(40, BLOCK, VOCAB))
+    with RunningServer(engine, max_queue=CALLS) as server:
         ends = asyncio.run(storm(server.address))
         server.wait_until_idle()
         stats = server.stats()

@@ -176,6 +176,18 @@ def test_a_growing_sequence_gets_adjacent_blocks(cache: PrefixCache) -> None:
         lease.release()
 
 
+def test_a_finished_sequence_keeps_no_room_to_grow(cache: PrefixCache) -> None:
+    """What comes next lies right behind it."""
+    first = cache.match(pack([1]))
+    cache.allocate(first, 2, room=20)
+    cache.commit(first, pack(tokens_from(1, 8)))
+    first.release()
+    second = cache.match(pack([2]))
+    cache.allocate(second, 1)
+    assert second.blocks == [first.blocks[-1] + 1]
+    second.release()
+
+
 # Commit
 
 
@@ -214,6 +226,14 @@ def test_a_sequence_committed_in_pieces_is_one_edge(cache: PrefixCache) -> None:
     assert lease.node.parent is not None and lease.node.parent.parent is None
     lease.release()
     assert cached(cache, tokens_from(0, 33)) == 32
+
+
+def test_turns_of_a_conversation_are_one_edge(cache: PrefixCache) -> None:
+    """The partly filled block that a turn ended with does not cut the sequence in two."""
+    for length in (10, 23, 37, 51):
+        store(cache, tokens_from(0, length))
+    (space,) = cache._spaces.values()
+    assert sorted(len(node.blocks) for node in cache._tree.nodes(space.root)) == [1, 12]
 
 
 def test_an_edge_that_others_use_does_not_grow(cache: PrefixCache) -> None:
@@ -399,9 +419,11 @@ def test_what_is_being_computed_is_in_flight_until_it_is_committed(cache: Prefix
 
 def test_what_a_request_gave_up_is_not_in_flight(cache: PrefixCache) -> None:
     """A waiter never waits for somebody who has left."""
+    other = start(cache, tokens_from(50, 16))
     lease = start(cache, tokens_from(0, 16))
     lease.release()
     assert cache.lookup(pack(tokens_from(0, 17))).reason is MissReason.NEVER_SEEN
+    other.release()
 
 
 def test_a_lookup_changes_nothing(cache: PrefixCache) -> None:
@@ -421,12 +443,26 @@ def test_a_lookup_changes_nothing(cache: PrefixCache) -> None:
 
 
 def test_the_least_recently_used_prefix_is_evicted_first(cache: PrefixCache) -> None:
-    """A match counts as use."""
+    """A match counts as use, and so does having been computed."""
     for first in (0, 100, 200):
         store(cache, tokens_from(first, 8))
     cache.match(pack(tokens_from(0, 9))).release()
+    store(cache, tokens_from(300, 8))
+    for expected in ([8, 0, 8, 8], [8, 0, 0, 8], [0, 0, 0, 8]):
+        cache.evict(2)
+        assert [cached(cache, tokens_from(first, 9)) for first in (0, 100, 200, 300)] == expected
+
+
+def test_a_prefix_is_as_recent_as_the_end_of_its_last_use(cache: PrefixCache) -> None:
+    """A long request's blocks are newer than what came and went while it ran."""
+    store(cache, tokens_from(0, 8))
+    reader, writer = cache.match(pack(tokens_from(0, 9))), start(cache, tokens_from(50, 8))
+    cache.commit(writer, pack(tokens_from(50, 8)))
+    store(cache, tokens_from(100, 8))
+    reader.release()
+    writer.release()
     cache.evict(2)
-    assert [cached(cache, tokens_from(first, 9)) for first in (0, 100, 200)] == [8, 0, 8]
+    assert [cached(cache, tokens_from(first, 9)) for first in (0, 50, 100)] == [8, 8, 0]
 
 
 def test_a_policy_can_be_chosen() -> None:

@@ -72,6 +72,19 @@ def test_a_tail_that_is_copied_from_is_refreshed(cache: PrefixCache) -> None:
     assert cached(cache, tokens_from(100, 17)) == 0
 
 
+def test_a_tail_that_is_computed_again_is_refreshed(cache: PrefixCache) -> None:
+    """Also by a request that did not read the cache: it would have stored the same."""
+    store(cache, tokens_from(0, 20))
+    store(cache, tokens_from(100, 16))
+    lease = cache.match(pack(tokens_from(0, 21)), read=False)
+    cache.allocate(lease, 2)
+    cache.commit(lease, pack(tokens_from(0, 16)))
+    lease.release(pack(tokens_from(16, 4)))
+    cache.evict(1)
+    assert cached(cache, tokens_from(0, 20)) == 19
+    assert cached(cache, tokens_from(100, 17)) == 0
+
+
 @pytest.mark.parametrize("tail", [False, True])
 def test_sharing_a_few_tokens_of_a_long_entry_does_not_refresh_it(cache: PrefixCache, tail: bool) -> None:
     """Neither copying from its first block nor ending with a tail that it contains."""
@@ -187,6 +200,14 @@ def test_the_eviction_queue_is_bounded_by_the_tree() -> None:
         nodes = sum(1 for space in cache._spaces.values() for _ in cache._tree.nodes(space.root))
         assert len(cache._queue) <= 2 * nodes + 2
     cache.check()
+
+
+def test_tails_that_were_replaced_do_not_pile_up_in_the_queue() -> None:
+    """A conversation that grows token by token is two entries, not hundreds."""
+    cache = PrefixCache(64, BLOCK)
+    for length in range(1, 500):
+        store(cache, tokens_from(0, length))
+        assert len(cache._queue) <= 4
 
 
 # When blocks become visible
@@ -402,6 +423,16 @@ def test_removed_reasons_are_remembered_within_a_budget() -> None:
     assert len(cache._removed) == 100
     assert cache.lookup(pack([999, 0])).reason is MissReason.EVICTED
     assert cache.lookup(pack([0, 0])).reason is MissReason.NEVER_SEEN
+
+
+def test_what_was_removed_again_is_remembered_as_the_newest() -> None:
+    """The budget goes to what was removed last, however early it was removed first."""
+    cache = PrefixCache(8, 1, memory_of_removed=2)
+    for number in (1, 2, 1, 3):
+        store_one(cache, number)
+        cache.evict(1)
+    reasons = [cache.lookup(pack([number, 0])).reason for number in (1, 2, 3)]
+    assert reasons == [MissReason.EVICTED, MissReason.NEVER_SEEN, MissReason.EVICTED]
 
 
 def test_remembering_can_be_switched_off() -> None:

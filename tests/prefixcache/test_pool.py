@@ -77,6 +77,15 @@ def test_room_to_grow_is_left_behind_a_sequence_while_there_is_other_space() -> 
     assert b == list(range(b[0], b[0] + 7))
 
 
+def test_a_sequence_that_will_grow_starts_where_it_can() -> None:
+    """A run that also has its room is preferred to one that just fits."""
+    pool = BlockPool(20)
+    short, _ = pool.allocate(2), pool.allocate(1)
+    pool.free(short)
+    assert pool.allocate(2, room=5) == [3, 4]
+    assert pool.allocate(2, room=50) == [0, 1]
+
+
 def test_room_is_a_preference_only() -> None:
     """When nothing else is left, blocks kept for growth are handed out too."""
     pool = BlockPool(6)
@@ -99,6 +108,10 @@ def test_wishes_for_room_do_not_pile_up() -> None:
     for _ in range(50):
         pool.free(pool.allocate(3, room=4))
     assert not pool._growing
+    grown = pool.allocate(1, room=7)
+    for room in range(6, 0, -1):
+        grown += pool.allocate(1, after=grown[-1], room=room)
+    assert len(pool._growing) == 1
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
