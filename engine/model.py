@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from xxhash import xxh3_128
 
 from engine.kv import KVGeometry
+from engine.packing import pack
 from engine.probe import probe
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound
 
@@ -95,7 +96,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "auto") -> Loaded
 
 
 def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
-    """Wrap a model that is in memory; it is changed to evaluation mode and to our attention.
+    """Wrap a model that is in memory; it is changed to evaluation mode, to our attention and to packed weights.
 
     Raises FailedPrecondition if it cannot be served.
     """
@@ -107,6 +108,7 @@ def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
     model.train(False)
     model.requires_grad_(False)
     fingerprint = _fingerprint(model, dtype)
+    pack(model)
     max_length = _max_length(config.get_text_config(decoder=True))
     findings = probe(model, max_length)
     return LoadedModel(
