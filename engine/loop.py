@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import Protocol, TypeVar
 
 from engine.request import Event, Failed, Finished, Request, Sampled
@@ -54,7 +54,8 @@ class EngineLoop:
         self._limit = max_queue + scheduler.max_running
         self._on_death = on_death
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ended = threading.Event()
+        self._started = False
         self._lock = threading.Lock()  # guards the fields below
         self._open: set[Request] = set()
         self._refusing: str | None = None
@@ -64,8 +65,18 @@ class EngineLoop:
 
     # From any thread
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, thread: Executor | None = None) -> None:
+        """Begin, on the one thread of an executor if one is given, else on a thread of its own.
+
+        Give the executor that the model was loaded on: the teams of threads that share
+        a tensor operation belong to the thread that started it, and two teams on the
+        same cores make each other sleep and wake in every operation.
+        """
+        if thread is None:
+            threading.Thread(target=self._run, name="engine", daemon=True).start()
+        else:
+            thread.submit(self._run)
+        self._started = True
 
     def submit(self, request: Request) -> None:
         """Accept a request; from here on it is told everything through its sink.
@@ -134,13 +145,13 @@ class EngineLoop:
             return not self._open
 
     def stop(self) -> None:
-        """Fail what is still open with Unavailable, end the thread and wait for it. Idempotent."""
+        """Fail what is still open with Unavailable, end the loop and wait for it. Idempotent."""
         self.drain()
         with self._lock:
             self._stopping = True
         self._inbox.put(lambda: None)  # wakes the thread
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._started:
+            self._ended.wait()
 
     # On the engine thread
 
@@ -154,6 +165,8 @@ class EngineLoop:
             message = "the engine has failed and this server is going down: send the request to another one"
             self._end(Unavailable(message))
             self._on_death(death)
+        finally:
+            self._ended.set()
 
     def _obey(self) -> None:
         """Carry out the commands that have come; with nothing to compute, wait for one."""

@@ -33,7 +33,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The plain weight, unpacked anew; for models that look at it."""
-        return self._packed.to_dense()
+        plain: Tensor = self._packed.to_dense()
+        return plain
 
     def forward(self, rows: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")

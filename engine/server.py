@@ -63,6 +63,7 @@ class Server:
         self._load = load
         self._engine: Engine | None = None
         self._began = 0.0
+        self._computing = ThreadPoolExecutor(1, "engine")
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
@@ -116,8 +117,8 @@ class Server:
             if not running.is_closed():
                 running.call_soon_threadsafe(self._bury, reason)
 
-        engine = await asyncio.to_thread(self._load, self._config, on_death)
-        engine.loop.start()
+        engine = await running.run_in_executor(self._computing, self._load, self._config, on_death)
+        engine.loop.start(self._computing)
         self._engine = engine
         self._began = clock()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -150,6 +151,7 @@ class Server:
         await self._wait_for_callers(FAREWELL_SECONDS)
         await self._grpc.stop(GRACE_SECONDS)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._computing.shutdown(wait=False)
 
     async def encode(self, prompt: Prompt, limit: int | None = None) -> list[int]:
         """Tokenize off the event loop."""

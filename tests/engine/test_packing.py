@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ def test_a_packed_model_is_the_model(architecture: str) -> None:
 
 def test_a_shared_embedding_stays_plain() -> None:
     """The output layer is packed, the embedding it shares its weight with is not touched."""
-    model = models.build("llama", tie_word_embeddings=True)
+    model: Any = models.build("llama", tie_word_embeddings=True)
     before = model.get_input_embeddings().weight.clone()
     pack(model)
     assert torch.equal(model.get_input_embeddings().weight, before)
