@@ -177,6 +177,29 @@ def test_preempted_requests_finish_with_the_same_tokens() -> None:
     assert stats.totals.prompt_tokens == 48 and stats.totals.cached_tokens == 0
 
 
+def test_waiting_for_blocks_counts_nothing() -> None:
+    """A request that does not fit for many steps is counted, and refreshes what it will match, once: at admission."""
+    bench = Bench(blocks=16)
+    bench.submit(prompt_of(12), max_tokens=1)
+    bench.finish()
+    hog = bench.submit(prompt_of(40, seed=1), max_tokens=12)
+    bench.step()
+    waiting = bench.submit(prompt_of(12) + prompt_of(20, seed=2), max_tokens=1)
+    before = bench.scheduler.stats().totals
+    while hog.state is State.RUNNING:
+        bench.step()
+        if hog.state is State.RUNNING:
+            assert waiting.state is State.WAITING
+            now = bench.scheduler.stats().totals
+            assert (now.admitted, now.prompt_tokens, now.cached_tokens, now.miss_reasons) == (
+                before.admitted, before.prompt_tokens, before.cached_tokens, before.miss_reasons,
+            )  # fmt: skip
+    bench.finish()
+    totals = bench.scheduler.stats().totals
+    assert totals.admitted == totals.miss_reasons.total() == 3
+    assert totals.prompt_tokens == 12 + 40 + 32
+
+
 def test_eviction_and_recomputation() -> None:
     """A prompt whose blocks were evicted is computed again, gives the same tokens, and is told why."""
     bench = Bench(blocks=12)
