@@ -14,7 +14,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-NAME = "embedded"
 MAX_LENGTH = 8192
 SEED = 0
 

@@ -101,8 +101,8 @@ class EngineLoop:
                     f"try again in {wait:.2f} seconds",
                     retry_after=wait,
                 )
+            request.sink = sink
             self._open.add(request)
-        request.sink = sink
         self._inbox.put(lambda: self._scheduler.submit(request))
 
     def abort(self, request: Request, error: PrefixCacheError | None = None) -> None:

@@ -141,10 +141,6 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    @property
-    def next_deadline(self) -> float | None:
-        return self._deadlines[0][0] if self._deadlines else None
-
     def validate(self, prompt: Sequence[int]) -> None:
         """Raise InvalidArgument for a prompt that could never be served. Callable from any thread."""
         if not prompt:
@@ -183,10 +179,14 @@ class Scheduler:
             if error is not None:
                 request.sink(Failed(error))
 
-    def complete(self, request: Request) -> None:
-        """End a request whose caller has all it wants: counted as finished. Idempotent; no event follows."""
+    def complete(self, request: Request, now: float, completion_tokens: int) -> Finished:
+        """End a request whose caller has all it wants, `completion_tokens` of what was generated.
+
+        It must have started. Counted as finished; no event follows. Idempotent.
+        """
         if self._end(request):
             self._totals.finished += 1
+        return _finished(request, now, FinishReason.STOP, completion_tokens)
 
     def lookup(self, prompt: Sequence[int], namespace: str) -> Found:
         """What a request with this prompt would find now."""
@@ -407,19 +407,27 @@ class Scheduler:
             self._finish(request, now, sample.token if ends else None)
 
     def _finish(self, request: Request, now: float, stop_token: int | None) -> None:
-        self.complete(request)
-        assert request.started is not None and request.first_token_at is not None
-        usage = Usage(
-            prompt_tokens=request.started.prompt_tokens,
-            cached_tokens=request.started.cached_tokens,
-            completion_tokens=len(request.tokens) - len(request.prompt),
-            recomputed_tokens=request.recomputed,
-        )
-        timings = Timings(
-            queue=request.admitted_at - request.arrival,
-            first_token=request.first_token_at - request.arrival,
-            total=now - request.arrival,
-            prefill=request.prefill_seconds,
-        )
+        self._end(request)
+        self._totals.finished += 1
         reason = FinishReason.LENGTH if stop_token is None else FinishReason.STOP
-        request.sink(Finished(reason, usage, timings, stop_token))
+        request.sink(_finished(request, now, reason, len(request.tokens) - len(request.prompt), stop_token))
+
+
+def _finished(
+    request: Request, now: float, reason: FinishReason, completion_tokens: int, stop_token: int | None = None
+) -> Finished:
+    """What there is to say of a request that has generated something and has ended."""
+    assert request.started is not None and request.first_token_at is not None
+    usage = Usage(
+        prompt_tokens=request.started.prompt_tokens,
+        cached_tokens=request.started.cached_tokens,
+        completion_tokens=completion_tokens,
+        recomputed_tokens=request.recomputed,
+    )
+    timings = Timings(
+        queue=request.admitted_at - request.arrival,
+        first_token=request.first_token_at - request.arrival,
+        total=now - request.arrival,
+        prefill=request.prefill_seconds,
+    )
+    return Finished(reason, usage, timings, stop_token)

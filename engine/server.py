@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -29,7 +30,7 @@ from engine.assembly import Engine, OnDeath, load_engine
 from engine.config import EngineConfig
 from engine.events import EventBridge, EventStream
 from engine.loop import clock
-from engine.request import Failed, Finished, FinishReason, Request, Sampled, Started, Timings, Usage
+from engine.request import Failed, Finished, Request, Sampled, Started
 from engine.scheduler import Scheduler
 from engine.tokenizer import Prompt, TextStream
 from prefixcache.errors import FailedPrecondition, Internal, PrefixCacheError, Unavailable
@@ -260,7 +261,8 @@ async def _relay(engine: Engine, request: Request, events: EventStream, context:
         if tokens or text:
             await context.write(wire.write_delta(text, tokens))
         if stream.stop is not None:
-            last = await _stopped(engine, request, stream.tokens)
+            complete = partial(Scheduler.complete, request=request, now=clock(), completion_tokens=stream.tokens)
+            last = await asyncio.wrap_future(engine.loop.call(complete))
     await context.write(wire.write_finished(last, stream.stop))
     log.debug(
         "finished",
@@ -271,26 +273,6 @@ async def _relay(engine: Engine, request: Request, events: EventStream, context:
         completion_tokens=last.usage.completion_tokens,
         seconds=round(last.timings.total, 4),
     )
-
-
-async def _stopped(engine: Engine, request: Request, tokens: int) -> Finished:
-    """End a request of which a stop string was found, and return what the engine would have said of it."""
-    now = clock()
-
-    def finish(scheduler: Scheduler) -> Finished:
-        scheduler.complete(request)
-        assert request.started is not None and request.first_token_at is not None
-        started = request.started
-        usage = Usage(started.prompt_tokens, started.cached_tokens, tokens, request.recomputed)
-        timings = Timings(
-            queue=request.admitted_at - request.arrival,
-            first_token=request.first_token_at - request.arrival,
-            total=now - request.arrival,
-            prefill=request.prefill_seconds,
-        )
-        return Finished(FinishReason.STOP, usage, timings)
-
-    return await asyncio.wrap_future(engine.loop.call(finish))
 
 
 class _Answers(grpc.aio.ServerInterceptor):

@@ -26,7 +26,7 @@ from prefixcache.invariants import check
 from prefixcache.pool import BlockPool
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, root_hash
-from prefixcache.tree import MAX_EDGE_BLOCKS, Node, Place, RadixTree, Space
+from prefixcache.tree import MAX_EDGE_BLOCKS, Node, Partial, Place, RadixTree, Space
 
 DEFAULT_MEMORY_OF_REMOVED = 32_768
 """How many removed runs of blocks are remembered to explain misses (about 100 bytes each)."""
@@ -194,9 +194,7 @@ class PrefixCache:
         """Say what a match would find. Changes nothing, not even recency. Costs what a match costs."""
         space = self._spaces.get(namespace) or self._new_space(namespace)
         place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
-        source = self._tree.partial(place, self._rest(packed, place.offset))
-        cached = place.offset // TOKEN_BYTES + (source[2] if source else 0)
-        return self._explain(place, packed, cached)
+        return self._found(place, packed)[0]
 
     def in_flight(self, packed: bytes, namespace: str = "", *, beyond: int = 0) -> bool:
         """Whether a live lease is computing a block that a match of `packed` will want behind `beyond` blocks."""
@@ -246,18 +244,15 @@ class PrefixCache:
             lease = Lease(self, space, space.root, [], Found(0, MissReason.BYPASSED, 0))
         else:
             place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
-            source = self._tree.partial(place, self._rest(packed, place.offset))
-            cached = place.offset // TOKEN_BYTES + (source[2] if source else 0)
-            found = self._explain(place, packed, cached)
             node = place.node
             if place.depth < len(node.blocks):
                 node = self._tree.split(node, place.depth)
+                place = place._replace(node=node)
+            found, source = self._found(place, packed)
             lease = Lease(self, space, node, place.blocks, found)
             if source is not None:
-                holder, index, tokens = source
-                if holder is place.node and holder is not node:
-                    index = 0  # the split made it the first block of the lower part
-                lease.source = BlockSource(holder.blocks[index], tokens)
+                holder, depth, tokens = source
+                lease.source = BlockSource(holder.blocks[depth], tokens)
                 lease._source_node = holder
                 self._tree.acquire(holder)
                 if len(holder.blocks) == 1:  # more of a longer one than matched would be refreshed
@@ -393,6 +388,12 @@ class PrefixCache:
         if not root.children and not root.refs and self._spaces.get(space.name) is space:
             del self._spaces[space.name]
 
+    def _found(self, place: Place, packed: bytes) -> tuple[Found, Partial | None]:
+        """What a walk that ended at `place` found, with the partly matching block behind it."""
+        source = self._tree.partial(place, self._rest(packed, place.offset))
+        cached = place.offset // TOKEN_BYTES + (source.tokens if source else 0)
+        return self._explain(place, packed, cached), source
+
     def _explain(self, place: Place, packed: bytes, cached: int) -> Found:
         """Say why a walk ended where it did, from the most to the least specific reason."""
         tokens = len(packed) // TOKEN_BYTES
@@ -469,9 +470,9 @@ class PrefixCache:
         if node.space is None:
             return False
         best = self._tree.partial(Place(node, len(node.blocks), 0, []), tail)
-        if best is not None and best[2] * TOKEN_BYTES == len(tail):
-            if len(best[0].blocks) == 1:
-                self._touch(best[0])
+        if best is not None and best.tokens * TOKEN_BYTES == len(tail):
+            if len(best.node.blocks) == 1:
+                self._touch(best.node)
             return False
         self._drop_superseded_tail(node, tail)
         leaf = self._tree.insert(node, tail, [lease.blocks[lease.shared]])

@@ -111,6 +111,14 @@ class Place(NamedTuple):
     blocks: list[int]
 
 
+class Partial(NamedTuple):
+    """The block after `depth` blocks of `node`'s edge shares its first `tokens` tokens with what was looked for."""
+
+    node: Node
+    depth: int
+    tokens: int
+
+
 class RadixTree:
     """Nodes of all namespaces. Knows nothing of leases but their counts, and nothing of free blocks."""
 
@@ -155,11 +163,11 @@ class RadixTree:
                 high = middle - 1
         return low
 
-    def partial(self, place: Place, rest: bytes) -> tuple[Node, int, int] | None:
+    def partial(self, place: Place, rest: bytes) -> Partial | None:
         """Find the block behind `place` that shares the most leading tokens with `rest` (up to a block).
 
-        Returns its node, its index there and the number of tokens shared, or None if
-        no token is. Among siblings in order, the best is a neighbour of `rest`.
+        Returns None if no token is shared. Among siblings in order, the best is a
+        neighbour of `rest`.
         """
         node, depth = place.node, place.depth
         if not rest:
@@ -167,7 +175,7 @@ class RadixTree:
         if depth < len(node.blocks):
             size = self.block_bytes
             shared = common_tokens(node.edge[depth * size : (depth + 1) * size], rest)
-            return (node, depth, shared) if shared else None
+            return Partial(node, depth, shared) if shared else None
         keys = node.keys
         index = bisect_left(keys, rest)
         best, best_key = 0, b""
@@ -175,7 +183,7 @@ class RadixTree:
             shared = common_tokens(key, rest)
             if shared > best:
                 best, best_key = shared, key
-        return (node.children[best_key], 0, best) if best else None
+        return Partial(node.children[best_key], 0, best) if best else None
 
     def nodes(self, root: Node) -> Iterator[Node]:
         """All nodes below `root`, parents first."""

@@ -260,16 +260,18 @@ def test_abort_is_idempotent_and_keeps_what_was_computed() -> None:
     assert bench.scheduler.lookup(prompt_of(40), "").cached_tokens == 32
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [2, 4])
 def test_a_caller_who_has_enough(steps: int) -> None:
-    """A request completed from outside counts as finished, in prefill as in decoding, and leaves nothing behind."""
+    """A request completed from outside is told what it would have been, counts as finished, and leaves nothing."""
     bench = Bench(max_batch_tokens=16)
-    request = bench.submit(prompt_of(30))
+    request = bench.submit(prompt_of(30), max_tokens=9)
     for _ in range(steps):
         bench.step()
-    bench.scheduler.complete(request)
-    bench.scheduler.complete(request)
+    finished = bench.scheduler.complete(request, bench.now, steps - 1)
+    assert bench.scheduler.complete(request, bench.now, steps - 1) == finished
     bench.scheduler.abort(request, Unavailable("too late"))
+    assert (finished.reason, finished.usage.completion_tokens) == (FinishReason.STOP, steps - 1)
+    assert (finished.usage.prompt_tokens, finished.timings.total) == (30, float(steps))
     totals = bench.scheduler.stats().totals
     assert (totals.finished, totals.aborted) == (1, 0)
     assert bench.scheduler.idle and bench.cache.stats().leased == 0
