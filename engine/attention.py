@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from engine.kv import KVGeometry, KVPool
@@ -36,8 +38,8 @@ CALL_BYTES = {"cpu": 64 * 2**10, "cuda": 16 * 2**20}
 of 32 and 3 of 64 numbers in float32 and bfloat16: a call, the merge of its result and what surrounds them
 take 15 to 20 microseconds; padding 64 tails stops paying at 128 slots (64 KiB) and at 64 slots (48 KiB)."""
 
-SCORES_LIMIT = 2**25
-"""Scores (not bytes) that the plain kernel holds at a time."""
+SCORES_LIMIT = {"cpu": 2**20, "cuda": 2**25}
+"""Scores (not bytes) that the plain kernel holds at a time: on the CPU, as many as stay in the caches."""
 
 # What models pass along that says nothing about the result, because it describes what a
 # step already knows or what is wanted besides the output.
@@ -46,11 +48,17 @@ _HARMLESS = frozenset(
     | {"output_hidden_states", "output_router_logits", "return_dict", "layer_idx"}
 )
 
+CAUSAL_ROWS = 128
+"""Rows of a tile where a row sees only those before it: what lies above the diagonal is computed in vain."""
+FEW_SCORES = 2**13
+"""Up to so many scores the fused kernel's single call is quicker than several products in half precision."""
+
 Partial = tuple[Tensor, Tensor]
 """Output `[H, rows, value_dim]` and log-sum-exp `[H, rows]` (float32) over some of the keys."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, float, float | None], Partial]
-"""(query [B, H, L, D], key [B, kv_heads, K, D], value, causal, additive mask, scale, softcap) ->
+"""(query [B, H, L, D], key [B, kv_heads, K, D], value, causal, additive mask that broadcasts to
+[B, H, L, K], scale, softcap) ->
 output [B, H, L, Dv] and log-sum-exp [B, H, L]."""
 
 
@@ -127,12 +135,19 @@ class AttentionStep:
         reads = self._reads.get(window)
         if reads is None:
             reads = self._reads[window] = _Reads(self._pool, self._plan, window)
-        fused = softcap is None and self._device.type == "cpu" and key.shape[-1] == value.shape[-1]
-        call = _Call(layer, query, key, value, fused_kernel if fused else plain_kernel, scale, softcap)
+        call = _Call(layer, query, key, value, _kernel(key, value, softcap), scale, softcap)
         out, lse = reads.run(call)
         if sinks is not None:  # a sink takes part in the softmax and contributes nothing
             out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1)
         return out.transpose(0, 1).to(query.dtype).contiguous()[None]
+
+
+def _kernel(key: Tensor, value: Tensor, softcap: float | None) -> Kernel:
+    if key.device.type != "cpu":
+        return plain_kernel
+    if key.dtype != torch.float32:
+        return half_kernel
+    return fused_kernel if softcap is None and key.shape[-1] == value.shape[-1] else plain_kernel
 
 
 def call_slots(geometry: KVGeometry, device: str) -> int:
@@ -154,42 +169,95 @@ def fused_kernel(
     return out, lse
 
 
+def half_kernel(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, scale: float, softcap: float | None
+) -> Partial:
+    """For half precision on the CPU: a matrix product per KV head, with scores in the precision of the model.
+
+    That is transformers' own arithmetic, on processors that multiply in half precision
+    two to four times as fast as the fused kernel, which converts what it reads. Products
+    over several heads at once would first copy keys and values of other than whole pools.
+    """
+    batch, heads, rows, width = query.shape
+    kv_heads, count = key.shape[1:3]
+    plain = not causal and mask is None and softcap is None and key.shape[3] == value.shape[3]
+    if plain and heads * rows * count <= FEW_SCORES:
+        return fused_kernel(query, key, value, causal, mask, scale, softcap)
+    group = heads // kv_heads
+    out = query.new_empty(batch, heads, rows, value.shape[3])
+    lse = torch.empty(batch, heads, rows)
+    tile = max(SCORES_LIMIT["cpu"] // (group * count) // 16, 1) * 16
+    if causal:
+        tile = min(tile, CAUSAL_ROWS)
+    for place in range(batch):
+        for head in range(kv_heads):
+            members = slice(head * group, (head + 1) * group)
+            keys, values = key[place, head], value[place, head]
+            for first in range(0, rows, tile):
+                last = min(first + tile, rows)
+                seen = last if causal else count
+                some = query[place, members, first:last].reshape(-1, width)
+                scores = some.new_empty(len(some), seen)
+                torch.addmm(scores, some, keys[:seen].t(), beta=0, alpha=scale, out=scores)
+                shaped = scores.view(group, last - first, seen)
+                if softcap is not None:
+                    _cap(shaped, softcap)
+                if causal:
+                    shaped[..., first:] += _future(shaped, last - first)
+                elif mask is not None:
+                    shaped += mask.expand(batch, heads, rows, count)[place, members, first:last]
+                weights, total, lse[place, members, first:last] = _weights(shaped)
+                sums = torch.mm(weights.view(-1, seen), values[:seen]).view(group, last - first, -1)
+                out[place, members, first:last] = sums.div_(total)
+    return out, lse
+
+
 def plain_kernel(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, scale: float, softcap: float | None
 ) -> Partial:
-    """The same in plain operations, for any device, width and soft-capping; scores are computed in tiles."""
+    """The same in plain matrix products, for any device, precision, width and soft-capping; in tiles of rows."""
     batch, heads, rows, _ = query.shape
-    tile = max(SCORES_LIMIT // (batch * heads * key.shape[2]), 1)
-    if rows > tile:
+    kv_heads, count = key.shape[1:3]
+    tile = max(SCORES_LIMIT[query.device.type] // (batch * heads * count) // 16, 1) * 16
+    outs, lses = [], []
+    for first in range(0, rows, tile):
+        last = min(first + tile, rows)
+        seen = last if causal else count
+        folded = query[:, :, first:last].reshape(batch, kv_heads, -1, query.shape[3])
+        scores = torch.matmul(folded, key[:, :, :seen].transpose(-1, -2)).mul_(scale)
+        shaped = scores.view(batch, heads, last - first, seen)
+        if softcap is not None:
+            _cap(shaped, softcap)
         if causal:
-            mask = torch.full((rows, rows), -torch.inf, device=query.device).triu_(1)
-        parts = [
-            plain_kernel(
-                query[:, :, first : first + tile],
-                key,
-                value,
-                False,
-                mask if mask is None or mask.shape[-2] == 1 else mask[..., first : first + tile, :],
-                scale,
-                softcap,
-            )
-            for first in range(0, rows, tile)
-        ]
-        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
-    kv_heads = key.shape[1]
-    folded = query.reshape(batch, kv_heads, -1, query.shape[3])
-    scores = torch.matmul(folded, key.transpose(-1, -2)).float().mul_(scale)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(batch, heads, rows, key.shape[2])
-    if causal:
-        mask = torch.full((rows, rows), -torch.inf, device=query.device).triu_(1)
-    if mask is not None:
-        scores += mask
-    lse = scores.logsumexp(-1)
-    weights = scores.sub_(lse.unsqueeze(-1)).exp_().to(value.dtype)
-    out = torch.matmul(weights.view(batch, kv_heads, -1, key.shape[2]), value)
-    return out.view(batch, heads, rows, value.shape[3]), lse
+            shaped[..., first:] += _future(shaped, last - first)
+        elif mask is not None:
+            shaped += mask.expand(batch, heads, rows, count)[:, :, first:last]
+        weights, total, lse = _weights(shaped)
+        out = torch.matmul(weights.view(batch, kv_heads, -1, seen), value[:, :, :seen])
+        outs.append(out.view(batch, heads, last - first, -1).div_(total))
+        lses.append(lse)
+    return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+
+
+def _cap(scores: Tensor, softcap: float) -> None:
+    scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def _future(scores: Tensor, rows: int) -> Tensor:
+    """Return what hides the later ones of `rows` rows from the earlier ones."""
+    return scores.new_full((rows, rows), -torch.inf).triu_(1)
+
+
+def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn scores `[..., keys]`, in place, into weights whose sum `[..., 1]` is still to be divided by.
+
+    Returns weights, sum and log-sum-exp `[...]`; the latter two in float32. The sum is that
+    of the rounded weights, so that what half precision loses is not lost a second time.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True, dtype=torch.float32)
+    return weights, total, (total.log() + largest).squeeze(-1)
 
 
 # Reads, bound to the tensors of a pool
@@ -283,25 +351,90 @@ class _BoundCausal:
 
 
 class _BoundPadded:
-    """Always by the plain kernel: on the CPU it is the quicker one for many short sequences."""
+    """One row of each of several sequences, whose keys lie anywhere.
+
+    On the CPU, values are summed where they lie, and in float32 scores are computed
+    where the keys lie: the first is an embedding bag, with weights; the second a matrix
+    product of which only some entries are wanted (SDDMM), which PyTorch has for sparse
+    matrices. So nothing is copied, and a step pays once for the indices.
+    """
 
     def __init__(self, pool: KVPool, read: Padded) -> None:
         count, width = read.slots.shape
         device = pool.keys[0].device
         adjacent = read.rows[-1] - read.rows[0] == count - 1  # they are in ascending order
         self._rows = slice(read.rows[0], read.rows[-1] + 1) if adjacent else torch.tensor(read.rows, device=device)
-        self._source = _Source(pool, Slots(scattered=read.slots.ravel()))
+        self._pool = pool
         self._shape = (count, width)
+        self._slots = torch.from_numpy(read.slots.ravel()).to(device)
         hidden = torch.arange(width) >= torch.from_numpy(read.lengths)[:, None]
         self._mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None].to(device)
+        self._indices: dict[tuple[int, int], _Indices] = {}
 
     def run(self, call: _Call) -> Partial:
         query = call.query[0, :, self._rows]
         heads, count, width = query.shape
-        keys, values = (tensor.view(tensor.shape[0], *self._shape, -1) for tensor in self._source.of(call.layer))
-        grouped = query.reshape(keys.shape[0], -1, count, width).transpose(1, 2)
-        out, lse = plain_kernel(grouped, keys, values, False, self._mask, call.scale, call.softcap)
+        keys, values = self._pool.keys[call.layer], self._pool.values[call.layer]
+        kv_heads = keys.shape[0]
+        grouped = query.reshape(kv_heads, -1, count, width).transpose(1, 2)  # [kv_heads, count, G, dim]
+        if query.device.type != "cpu":
+            copies = self._pool.gather(call.layer, self._slots)
+            keys, values = (copy.view(kv_heads, *self._shape, -1) for copy in copies)
+            out, lse = plain_kernel(grouped, keys, values, False, self._mask, call.scale, call.softcap)
+        else:
+            indices = self._indices.get((kv_heads, heads))
+            if indices is None:
+                indices = self._indices[kv_heads, heads] = _Indices(self._slots, self._shape, keys.shape[:2], heads)
+            if query.dtype == torch.float32:
+                scores = indices.products(grouped, keys)
+            else:
+                copy = self._pool.gather_keys(call.layer, self._slots).view(kv_heads, *self._shape, -1)
+                scores = torch.matmul(grouped, copy.transpose(-1, -2))
+            scores *= call.scale
+            if call.softcap is not None:
+                _cap(scores, call.softcap)
+            scores += self._mask
+            weights, total, lse = _weights(scores)
+            out = indices.sums(weights, values).div_(total)
         return out.transpose(1, 2).reshape(heads, count, out.shape[3]), lse.transpose(1, 2).reshape(heads, count)
+
+
+class _Indices:
+    """Where the keys of rows that are read together lie in the pool, for operations that take indices.
+
+    Rows are ordered by KV head, sequence and head of the group; each has `width` keys.
+    """
+
+    def __init__(self, slots: Tensor, shape: tuple[int, int], pool: torch.Size, heads: int) -> None:
+        (count, width), (kv_heads, every) = shape, pool
+        self._shape = (kv_heads, count, heads // kv_heads, width)
+        self._size = (heads * count, kv_heads * every)
+        kind = torch.int32 if max(self._size[1], heads * count * width) < 2**31 else torch.int64
+        places = (
+            slots.to(kind).view(1, count, 1, width) + (torch.arange(kv_heads, dtype=kind) * every)[:, None, None, None]
+        )
+        self._places = places.expand(self._shape).reshape(-1)
+        self._begins = torch.arange(0, heads * count * width + 1, width, dtype=kind)
+        self._pattern: Tensor | None = None
+
+    def products(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Return the products `[kv_heads, count, G, width]` of `query` `[kv_heads, count, G, dim]` and its keys."""
+        if self._pattern is None:
+            nothing = query.new_zeros(self._places.shape)
+            self._pattern = torch.sparse_csr_tensor(
+                self._begins, self._places, nothing, self._size, check_invariants=False
+            )
+        width = query.shape[-1]
+        found = torch.sparse.sampled_addmm(self._pattern, query.reshape(-1, width), keys.view(-1, width).t(), beta=0)
+        products: Tensor = found.values().view(self._shape)
+        return products
+
+    def sums(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Return the values summed under `weights` `[kv_heads, count, G, width]`: `[kv_heads, count, G, value_dim]`."""
+        flat = values.view(-1, values.shape[-1])
+        begins = self._begins[:-1]
+        out: Tensor = embedding_bag(self._places, flat, begins, mode="sum", per_sample_weights=weights.view(-1))
+        return out.view(*self._shape[:-1], -1)
 
 
 class _BoundBand:
@@ -345,7 +478,11 @@ class _Source:
         return keys.unsqueeze(1), values.unsqueeze(1)
 
 
-# Registration with transformers
+# Registration with transformers, and with the warning that PyTorch gives once for sparse matrices
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    torch.sparse_csr_tensor([0], [], [], (0, 0))
 
 
 def _attend(

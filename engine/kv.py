@@ -119,17 +119,24 @@ class KVPool:
         They are valid until the next call: all calls share one piece of memory, since
         touching fresh memory would cost more than the copying itself.
         """
-        keys, values = self.keys[layer], self.values[layer]
-        count = len(slots)
-        shapes = ((keys.shape[0], count, keys.shape[2]), (values.shape[0], count, values.shape[2]))
+        keys, values = self._gather((self.keys[layer], self.values[layer]), slots)
+        return keys, values
+
+    def gather_keys(self, layer: int, slots: Tensor) -> Tensor:
+        """Return copies of the keys alone; see `gather`."""
+        (keys,) = self._gather((self.keys[layer],), slots)
+        return keys
+
+    def _gather(self, sources: tuple[Tensor, ...], slots: Tensor) -> list[Tensor]:
+        shapes = [(source.shape[0], len(slots), source.shape[2]) for source in sources]
         sizes = [math.prod(shape) for shape in shapes]
         if self._scratch.numel() < sum(sizes):
-            self._scratch = keys.new_empty(sum(sizes))
+            self._scratch = sources[0].new_empty(sum(sizes))
         copies = torch.split(self._scratch[: sum(sizes)], sizes)
-        return (
-            torch.index_select(keys, 1, slots, out=copies[0].view(shapes[0])),
-            torch.index_select(values, 1, slots, out=copies[1].view(shapes[1])),
-        )
+        return [
+            torch.index_select(source, 1, slots, out=copy.view(shape))
+            for source, copy, shape in zip(sources, copies, shapes, strict=True)
+        ]
 
     def copy_block(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` slots of block `source` to block `target`, in all layers."""

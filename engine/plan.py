@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
-MIN_PADDED = 4
-"""Fewer short tails than this are not worth padding (measured: 4 break even at 32 slots)."""
+MIN_PADDED = 2
+"""Fewer short tails than this are not worth reading together."""
+SHORT_CALLS = 8
+"""A tail is short if it has at most this many times the slots that are copied in the time of a kernel call."""
 BAND_ROWS = 256
 """Rows of one tile of a chunk in a sliding window."""
 
@@ -235,9 +237,10 @@ class Plan:
 
     def _add_tails(self, reads: Reads, tails: list[tuple[int, int, int]]) -> None:
         """Read short tails padded, in groups of similar length, and long ones by themselves."""
-        short = [tail for tail in tails if tail[2] - tail[1] <= self._call_slots]
+        limit = SHORT_CALLS * self._call_slots
+        short = [tail for tail in tails if tail[2] - tail[1] <= limit]
         short.sort(key=lambda tail: tail[2] - tail[1], reverse=True)
-        alone = [tail for tail in tails if tail[2] - tail[1] > self._call_slots]
+        alone = [tail for tail in tails if tail[2] - tail[1] > limit]
         while len(short) >= MIN_PADDED:
             longest = short[0][2] - short[0][1]
             count = sum(2 * (end - begin) >= longest for _, begin, end in short)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine import attention
-from engine.attention import AttentionStep, call_slots, fused_kernel, plain_kernel
+from engine.attention import AttentionStep, Kernel, call_slots, fused_kernel, half_kernel, plain_kernel
 from engine.kv import KVGeometry, KVPool, LayerGeometry
 from engine.plan import Plan, Span
 from prefixcache.errors import FailedPrecondition
@@ -171,22 +171,36 @@ def test_a_long_prefill_in_a_window() -> None:
     Sequences(spans, LayerGeometry(2, 8, 8), 4, torch.float32, "cpu").check(2e-6, 16, window=100)
 
 
-@pytest.mark.parametrize("limit", [attention.SCORES_LIMIT, 100])
+@pytest.mark.parametrize("kernel", [plain_kernel, half_kernel])
+@pytest.mark.parametrize("limit", [2**20, 1])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask_rows", [0, 1, 9])
-def test_kernels_agree(limit: int, causal: bool, mask_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's kernel and the plain one, whole and in tiles, give the same output and log-sum-exp."""
+@pytest.mark.parametrize("mask_rows", [0, 1, 41])
+def test_kernels_agree(
+    kernel: Kernel, limit: int, causal: bool, mask_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's kernel and ours, whole and in tiles, give the same output and log-sum-exp."""
     if causal and mask_rows:
         pytest.skip("never asked for together")
-    monkeypatch.setattr(attention, "SCORES_LIMIT", limit)
+    monkeypatch.setitem(attention.SCORES_LIMIT, "cpu", limit)
+    monkeypatch.setattr(attention, "CAUSAL_ROWS", 32)
+    monkeypatch.setattr(attention, "FEW_SCORES", 0)
     torch.manual_seed(0)
-    query, key, value = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
-    mask = torch.randn(2, 1, mask_rows, 9).expand(2, 1, -1, 9) if mask_rows else None
-    ours = plain_kernel(query, key, value, causal, mask, 0.4, None)
-    theirs = fused_kernel(query, key, value, causal, mask, 0.4, None)
+    query, key, value = torch.randn(2, 6, 41, 8), torch.randn(2, 2, 41, 8), torch.randn(2, 2, 41, 8)
+    mask = torch.randn(2, 1, mask_rows, 41) if mask_rows else None
+    ours = kernel(query, key, value, causal, mask, 0.4, None)
+    theirs = fused_kernel(query, key, value, causal, None if mask is None else mask.expand(2, 1, -1, 41), 0.4, None)
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape
         assert torch.allclose(one, other, atol=2e-6)
+
+
+def test_kernels_cap_alike() -> None:
+    """Soft-capped scores, with values of another width than keys."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 41, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 4)
+    one, other = (kernel(query, key, value, False, None, 0.4, 2.0) for kernel in (plain_kernel, half_kernel))
+    assert torch.allclose(one[0], other[0], atol=2e-6) and torch.allclose(one[1], other[1], atol=2e-6)
+    assert not torch.allclose(one[0], plain_kernel(query, key, value, False, None, 0.4, None)[0], atol=1e-3)
 
 
 class Anything:
