@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 import transformers
 from torch import Tensor
@@ -20,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from xxhash import xxh3_128
 
+from engine import attention
 from engine.kv import KVGeometry
 from engine.packing import pack
-from engine.probe import probe
+from engine.probe import TOLERANCE, Findings, Forward, difference, probe
+from engine.stack import Stack, fits, known
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +39,8 @@ DIGEST_WHOLE = 2**28
 DIGEST_SAMPLES = 4096
 """Numbers taken of each tensor of a larger model, evenly spread."""
 
+log = structlog.get_logger()
+
 ADVICE = "serve a decoder-only language model, such as a Llama, Qwen, Mistral, Gemma or GPT-2 one"
 
 
@@ -42,12 +48,12 @@ ADVICE = "serve a decoder-only language model, such as a Llama, Qwen, Mistral, G
 class LoadedModel:
     """A model ready to run, and its facts.
 
-    `architecture` is its model type; `vocab_size` the width of its logits; `max_length`
-    the most tokens of prompt and output; `fingerprint` (hex) says what it computes:
-    equal for equal configuration, precision and weights, in every process.
+    `forward` runs a step. `architecture` is its model type; `vocab_size` the width of its
+    logits; `max_length` the most tokens of prompt and output; `fingerprint` (hex) says
+    what it computes: equal for equal configuration, precision and weights, in every process.
     """
 
-    model: PreTrainedModel
+    forward: Forward
     name: str
     architecture: str
     vocab_size: int
@@ -96,7 +102,7 @@ def load_model(source: str, dtype: str = "auto", device: str = "auto") -> Loaded
 
 
 def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
-    """Wrap a model that is in memory; it is changed to evaluation mode, to our attention and to packed weights.
+    """Wrap a model that is in memory; its weights are moved to where a step wants them, and it is of no further use.
 
     Raises FailedPrecondition if it cannot be served.
     """
@@ -108,11 +114,10 @@ def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
     model.train(False)
     model.requires_grad_(False)
     fingerprint = _fingerprint(model, dtype)
-    pack(model)
     max_length = _max_length(config.get_text_config(decoder=True))
-    findings = probe(model, max_length)
+    findings, forward = _prepare(model, max_length)
     return LoadedModel(
-        model=model,
+        forward=forward,
         name=name,
         architecture=config.model_type,
         vocab_size=findings.vocab_size,
@@ -123,6 +128,29 @@ def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
         geometry=findings.geometry,
         fingerprint=fingerprint,
     )
+
+
+def _prepare(model: PreTrainedModel, max_length: int) -> tuple[Findings, Forward]:
+    """Prove that the model can be served; return what was found, and what runs it: its own modules or our stack.
+
+    Every row must come out of the stack as it comes out of the modules: there are no experts to choose otherwise.
+    """
+    if known(model):
+        findings = probe(model, max_length)
+        if fits(model, findings.calls):
+            stack = Stack(model, findings.calls)
+            try:
+                off = difference(findings.run(stack), findings.logits)
+            except Exception as error:  # noqa: BLE001 - the rotary module of any version of transformers runs in it
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if off <= TOLERANCE[model.dtype]:
+                    return findings, stack
+                reason = f"logits are off by {off:.1e}"
+            stack.give_back()
+            log.warning("the model is run by transformers' modules, which takes longer", reason=reason)
+    pack(model)
+    return probe(model, max_length), partial(attention.forward, model)
 
 
 def resolve_device(device: str) -> str:

@@ -21,6 +21,32 @@ ROWS = 64
 for 2,048 rows are equally quick from 1 to 512 rows, one for a single row is up to twice as slow."""
 
 
+_product = torch.ops.mkldnn._linear_pointwise.default
+
+
+def packed(weight: Tensor) -> Tensor:
+    """Return the weight `[out, in]` in the layout of its products; `to_dense` gives it back bit by bit."""
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+    return result
+
+
+def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what `nn.functional.linear` would of the plain weight."""
+    result: Tensor = _product(rows, weight, bias, "none", [], "")
+    return result
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Say whether the model's processor has products for packed weights of its precision."""
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if model.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if model.dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return model.dtype == torch.float32
+
+
 class PackedLinear(nn.Module):
     """A linear layer with a packed weight; takes what `nn.Linear` takes."""
 
@@ -28,7 +54,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        self._packed = packed(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -37,8 +63,7 @@ class PackedLinear(nn.Module):
         return plain
 
     def forward(self, rows: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
-        return result
+        return packed_linear(rows, self._packed, self.bias)
 
 
 def pack(model: PreTrainedModel) -> int:
@@ -46,7 +71,7 @@ def pack(model: PreTrainedModel) -> int:
 
     Returns how many were replaced.
     """
-    if model.device.type != "cpu" or not _supported(model.dtype):
+    if not packs(model):
         return 0
     count = 0
     with torch.no_grad():
@@ -61,13 +86,3 @@ def pack(model: PreTrainedModel) -> int:
                 setattr(parent, name, PackedLinear(weight, layer.bias))
                 count += 1
     return count
-
-
-def _supported(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return dtype == torch.float32

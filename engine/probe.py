@@ -8,13 +8,15 @@ what each layer really caches, and how wide the logits are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from engine.attention import NAME, AttentionStep, call_slots, forward, plain_kernel
+from engine.attention import NAME, AttentionStep, Step, call_slots, forward, plain_kernel
 from engine.kv import KVGeometry, KVPool, LayerGeometry
 from engine.plan import Plan, Span
 from prefixcache.errors import FailedPrecondition, PrefixCacheError
@@ -33,12 +35,48 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 ADVICE = "serve another model, or one of this architecture that transformers' attention interface supports"
 
 
+Forward = Callable[[Tensor, Tensor, Tensor, Step], Tensor]
+"""(tokens, positions, keep, step) -> logits `[len(keep), vocabulary]` in float32; see `attention.forward`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer passes to attention, besides its tensors; `heads` are those of the query."""
+
+    geometry: LayerGeometry
+    heads: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What the probe learnt about a model."""
+    """What the probe learnt about a model. `calls` are its layers' in the order in which they run."""
 
     geometry: KVGeometry
     vocab_size: int
+    calls: tuple[AttentionCall, ...]
+    prompts: tuple[Tensor, Tensor]
+    references: tuple[Tensor, Tensor]
+    """The logits `[tokens, vocabulary]` of both prompts with the model's own attention."""
+    logits: tuple[Tensor, Tensor]
+    """The same with our attention, partly cached."""
+
+    def run(self, forward: Forward) -> tuple[Tensor, Tensor]:
+        """Return the logits of both prompts by `forward`, computed cold, with a cached prefix, and decoded."""
+        with torch.inference_mode():
+            return _cached(forward, self.geometry, self.references[0].device.type, *self.prompts)
+
+
+def difference(logits: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor], share: float = 1.0) -> float:
+    """Return how far `share` of the rows are off at most, relative to the reference's norm; NaN if one is NaN."""
+    worst = []
+    for found, reference in zip(logits, references, strict=True):
+        by_row = (found - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-30)
+        worst.append(by_row.quantile(share))
+    return float(torch.stack(worst).max())
 
 
 def probe(model: PreTrainedModel, max_length: int) -> Findings:
@@ -47,18 +85,19 @@ def probe(model: PreTrainedModel, max_length: int) -> Findings:
     with torch.inference_mode():
         try:
             model.set_attn_implementation(NAME)
-            layers = _discover(model)
-            _check_layers(model.config.get_text_config(decoder=True), layers)
-            geometry = KVGeometry(tuple(layer for layer, _ in layers), model.dtype)
-            length = _length(max_length, [window for _, window in layers if window is not None])
+            calls = _discover(model)
+            _check_layers(model.config.get_text_config(decoder=True), calls)
+            geometry = KVGeometry(tuple(call.geometry for call in calls), model.dtype)
+            length = _length(max_length, [call.window for call in calls if call.window is not None])
             generator = torch.Generator().manual_seed(0)
             embeddings = model.get_input_embeddings().weight
             assert isinstance(embeddings, Tensor)
-            draw = torch.randint(embeddings.shape[0], (2, length), generator=generator)
+            prompts = _two_prompts(torch.randint(embeddings.shape[0], (2, length), generator=generator))
             model.set_attn_implementation("eager")
-            references = [_eager(model, tokens) for tokens in _two_prompts(draw)]
+            references = (_eager(model, prompts[0]), _eager(model, prompts[1]))
             model.set_attn_implementation(NAME)
-            ours = _cached(model, geometry, *_two_prompts(draw))
+            logits = _cached(partial(forward, model), geometry, model.device.type, *prompts)
+            off = difference(logits, references, AGREEING_SHARE)
         except PrefixCacheError as error:
             raise FailedPrecondition(
                 f"models of architecture {architecture!r} cannot be served: {error}; {ADVICE}"
@@ -68,16 +107,13 @@ def probe(model: PreTrainedModel, max_length: int) -> Findings:
                 f"models of architecture {architecture!r} cannot be served: they fail when run with this engine's "
                 f"attention ({type(error).__name__}: {error}); {ADVICE}"
             ) from error
-        for reference, logits in zip(references, ours, strict=True):
-            by_row = (logits - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-30)
-            difference = float(by_row.quantile(AGREEING_SHARE))
-            if not difference <= TOLERANCE[model.dtype]:
-                raise FailedPrecondition(
-                    f"models of architecture {architecture!r} cannot be served: with this engine's attention their "
-                    f"logits are off by {difference:.1e} of their size (in {model.dtype}, "
-                    f"{TOLERANCE[model.dtype]:.0e} is allowed); {ADVICE}"
-                )
-    return Findings(geometry, references[0].shape[-1])
+    if not off <= TOLERANCE[model.dtype]:
+        raise FailedPrecondition(
+            f"models of architecture {architecture!r} cannot be served: with this engine's attention their "
+            f"logits are off by {off:.1e} of their size (in {model.dtype}, "
+            f"{TOLERANCE[model.dtype]:.0e} is allowed); {ADVICE}"
+        )
+    return Findings(geometry, references[0].shape[-1], calls, prompts, references, logits)
 
 
 def _length(max_length: int, windows: list[int]) -> int:
@@ -89,7 +125,7 @@ class _Discovery:
     """Attention that caches nothing and notes what each layer passes."""
 
     def __init__(self) -> None:
-        self.layers: list[tuple[LayerGeometry, int | None]] = []
+        self.calls: list[AttentionCall] = []
 
     def attend(
         self,
@@ -101,24 +137,25 @@ class _Discovery:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        self.layers.append((LayerGeometry(key.shape[1], key.shape[3], value.shape[3]), window))
+        geometry = LayerGeometry(key.shape[1], key.shape[3], value.shape[3])
+        self.calls.append(AttentionCall(geometry, query.shape[1], scale, window, softcap, sinks is not None))
         out, _ = plain_kernel(query, key, value, True, None, scale, softcap)
         return out.transpose(1, 2).contiguous()
 
 
-def _discover(model: PreTrainedModel) -> list[tuple[LayerGeometry, int | None]]:
+def _discover(model: PreTrainedModel) -> tuple[AttentionCall, ...]:
     discovery = _Discovery()
     tokens = torch.arange(2, device=model.device)
     forward(model, tokens, tokens, tokens, discovery)
-    return discovery.layers
+    return tuple(discovery.calls)
 
 
-def _check_layers(config: PreTrainedConfig, layers: list[tuple[LayerGeometry, int | None]]) -> None:
+def _check_layers(config: PreTrainedConfig, calls: tuple[AttentionCall, ...]) -> None:
     """Raise FailedPrecondition if layers keep a state that is not here, or a window is not told of."""
     expected = config.num_hidden_layers
-    if len(layers) != expected:
-        raise FailedPrecondition(f"its {expected} layers call the attention interface {len(layers)} times")
-    windows = [window for _, window in layers]
+    if len(calls) != expected:
+        raise FailedPrecondition(f"its {expected} layers call the attention interface {len(calls)} times")
+    windows = [call.window for call in calls]
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         limit = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
@@ -148,7 +185,7 @@ def _eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits.float()
 
 
-def _cached(model: PreTrainedModel, geometry: KVGeometry, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _cached(forward: Forward, geometry: KVGeometry, device: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits of both prompts, computed in three steps over blocks that are nowhere adjacent."""
     length = len(one)
     per_prompt = -(-length // BLOCK_SIZE)
@@ -156,7 +193,7 @@ def _cached(model: PreTrainedModel, geometry: KVGeometry, one: Tensor, other: Te
     shared = length // 2 // BLOCK_SIZE
     blocks = ids[:per_prompt]
     tables = [blocks, blocks[:shared] + ids[per_prompt : 2 * per_prompt - shared]]
-    pool = KVPool(geometry, 2 * per_prompt, BLOCK_SIZE, model.device.type)
+    pool = KVPool(geometry, 2 * per_prompt, BLOCK_SIZE, device)
     begin = shared * BLOCK_SIZE
     steps = [
         [(0, 0, begin)],
@@ -170,11 +207,11 @@ def _cached(model: PreTrainedModel, geometry: KVGeometry, one: Tensor, other: Te
         if not chunks:  # the model takes less than two blocks
             continue
         spans = [Span(start, end - start, tables[index]) for index, start, end in chunks]
-        plan = Plan(spans, BLOCK_SIZE, call_slots(geometry, model.device.type))
+        plan = Plan(spans, BLOCK_SIZE, call_slots(geometry, device))
         tokens = torch.cat([prompts[chunks[place][0]][chunks[place][1] : chunks[place][2]] for place in plan.order])
-        positions = torch.from_numpy(plan.positions).to(model.device)
-        keep = torch.arange(plan.rows, device=model.device)
-        logits = forward(model, tokens.to(model.device), positions, keep, AttentionStep(pool, plan))
+        positions = torch.from_numpy(plan.positions).to(device)
+        keep = torch.arange(plan.rows, device=device)
+        logits = forward(tokens.to(device), positions, keep, AttentionStep(pool, plan))
         for place, (index, start, end) in enumerate(chunks):
             first = plan.first_row[place]
             parts[index].append(logits[first : first + end - start])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.attention import AttentionStep, call_slots, forward
+from engine.attention import AttentionStep, call_slots
 from engine.kv import KVPool
 from engine.model import LoadedModel
 from engine.plan import Plan, Span
@@ -43,8 +43,7 @@ class Runner:
         sampled = [index for index, chunk in enumerate(chunks) if chunk.sample]
         ends = [plan.first_row[index] + spans[index].length - 1 for index in sampled]
         device = self._loaded.device
-        logits = forward(
-            self._loaded.model,
+        logits = self._loaded.forward(
             torch.from_numpy(np.array(tokens, dtype=np.int64)).to(device),
             torch.from_numpy(plan.positions).to(device),
             torch.tensor(ends, dtype=torch.int64, device=device),

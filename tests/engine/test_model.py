@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from engine import probe
 from engine.attention import AttentionStep
@@ -37,8 +38,15 @@ def test_facts_of_a_saved_model(saved: Path) -> None:
     assert loaded.eos_token_ids == (models.EOS,)
     assert loaded.geometry.layers == (LayerGeometry(2, 8, 8),) * 3
     assert loaded.geometry.dtype is torch.float32
-    assert not loaded.model.training
-    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_served_model_is_for_inference(architecture: str) -> None:
+    """It is in evaluation mode, and nothing of it wants gradients."""
+    model = models.build(architecture).train()
+    from_pretrained_model(model, "x")
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
@@ -60,14 +68,17 @@ def test_keys_may_be_wider_than_values() -> None:
 
 def test_end_of_sequence_may_be_several_tokens_or_none() -> None:
     """As the generation configuration says; else as the model's configuration says."""
-    model = models.build("llama")
-    assert model.generation_config is not None
-    model.generation_config.eos_token_id = [3, 5]
-    assert from_pretrained_model(model, "x").eos_token_ids == (3, 5)
-    model.generation_config.eos_token_id = None
-    assert from_pretrained_model(model, "x").eos_token_ids == (models.EOS,)
-    model.config.eos_token_id = None
-    assert from_pretrained_model(model, "x").eos_token_ids == ()
+
+    def served(generation: int | list[int] | None, configured: int | None) -> tuple[int, ...]:
+        model = models.build("llama")
+        assert model.generation_config is not None
+        model.generation_config.eos_token_id = generation
+        model.config.eos_token_id = configured
+        return from_pretrained_model(model, "x").eos_token_ids
+
+    assert served([3, 5], models.EOS) == (3, 5)
+    assert served(None, models.EOS) == (models.EOS,)
+    assert served(None, None) == ()
 
 
 def test_a_rope_that_changes_its_mind_limits_the_length() -> None:
@@ -85,10 +96,13 @@ def test_a_rope_that_changes_its_mind_limits_the_length() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_precision_is_as_asked(saved: Path, dtype: str) -> None:
-    """Weights and cache have it."""
+    """What is computed and what is cached have it."""
     loaded = load_model(str(saved), dtype=dtype, device="cpu")
     assert loaded.dtype == dtype
-    assert str(loaded.geometry.dtype) == str(loaded.model.dtype) == f"torch.{dtype}"
+    assert str(loaded.geometry.dtype) == f"torch.{dtype}"
+    findings = probe.probe(AutoModelForCausalLM.from_pretrained(saved, dtype=dtype), models.MAX_LENGTH)
+    expected = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
+    assert probe.difference(findings.run(loaded.forward), findings.logits) < expected
 
 
 def test_automatic_precision_on_a_cpu_is_float32(tmp_path: Path) -> None:
@@ -112,13 +126,14 @@ def test_fingerprint_tells_models_apart(saved: Path, monkeypatch: pytest.MonkeyP
     """Other weights, precision or configuration: another fingerprint; also when only samples are digested."""
     for limit in (2**28, 0):
         monkeypatch.setattr("engine.model.DIGEST_WHOLE", limit)
-        model = models.build("llama")
-        seen = {from_pretrained_model(model, "x").fingerprint}
+        seen = {from_pretrained_model(models.build("llama"), "x").fingerprint}
         seen.add(load_model(str(saved), dtype="bfloat16", device="cpu").fingerprint)
         seen.add(from_pretrained_model(models.build("llama", rope_theta=5.0, rms_norm_eps=1e-4), "x").fingerprint)
-        next(model.parameters()).data[0, 0] += 1
-        seen.add(from_pretrained_model(model, "x").fingerprint)
-        assert len(seen) == 4
+        for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
+            model = models.build("llama")
+            model.get_parameter(name).data[0, 0] += 1
+            seen.add(from_pretrained_model(model, "x").fingerprint)
+        assert len(seen) == 6
 
 
 # What is refused
