@@ -24,6 +24,8 @@ from prefixcache.errors import PrefixCacheError, ResourceExhausted, Unavailable
 
 T = TypeVar("T")
 
+LAST = (Finished, Failed)
+
 clock = time.monotonic
 """The clock of arrivals, deadlines and timings, in seconds."""
 
@@ -88,7 +90,7 @@ class EngineLoop:
         tell = request.sink
 
         def sink(event: Event) -> None:
-            if not isinstance(event, Finished | Failed) or self._close(request, isinstance(event, Finished)):
+            if not isinstance(event, LAST) or self._close(request, isinstance(event, Finished)):
                 tell(event)
 
         with self._lock:
@@ -172,12 +174,8 @@ class EngineLoop:
         """Carry out the commands that have come; with nothing to compute, wait for one."""
         if self._scheduler.idle:
             self._inbox.get()()
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            command()
+        while not self._inbox.empty():  # nobody else takes anything out
+            self._inbox.get()()
 
     def _step(self) -> None:
         scheduler = self._scheduler
@@ -209,12 +207,8 @@ class EngineLoop:
             self._stopping = True
             self._refusing = str(error)
             still_open = list(self._open)
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                break
+        while not self._inbox.empty():
             with contextlib.suppress(Exception):  # after a death the scheduler may be in any state
-                command()
+                self._inbox.get()()
         for request in still_open:
             request.sink(Failed(error))

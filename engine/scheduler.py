@@ -3,9 +3,11 @@
     schedule, run, commit
 
 `schedule` plans a step: a decode token of every running request, then chunks of
-prompts, then requests from the queue. `commit` puts the blocks that the step filled
-into the cache at once, so that a request admitted next already shares them, and
-turns sampled tokens into events. No tensors and no sockets; the time is passed in.
+prompts, then requests from the queue. How much of the prompts goes into a step, so that
+running streams keep their pace, is up to `engine.pace`. `commit` puts the blocks that
+the step filled into the cache at once, so that a request admitted next already shares
+them, and turns sampled tokens into events. No tensors and no sockets; the time is
+passed in.
 
 Admission. Requests come in order of arrival, but among the first WINDOW the one
 with the longest cached prefix goes first, since its blocks may be evicted while it
@@ -25,7 +27,9 @@ import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from engine.pace import Load, Pace
 from engine.request import (
     Failed,
     Finished,
@@ -37,7 +41,7 @@ from engine.request import (
     Timings,
     Usage,
 )
-from prefixcache.cache import CacheStats, Found, OutOfBlocks, PrefixCache
+from prefixcache.cache import CacheStats, Found, Lease, OutOfBlocks, PrefixCache
 from prefixcache.errors import DeadlineExceeded, InvalidArgument, PrefixCacheError
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import TOKEN_BYTES, pack
@@ -57,8 +61,7 @@ class BlockCopy:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The part of one request that a step computes: `tokens` at positions from `start` on.
 
     `blocks` is the request's block table (position p lies in blocks[p // block_size]);
@@ -74,10 +77,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one forward pass computes."""
+    """What one forward pass computes; `load` says how much that is."""
 
     chunks: list[Chunk]
     copies: list[BlockCopy]
+    load: Load = field(default_factory=Load)
 
 
 @dataclass(slots=True)
@@ -110,11 +114,19 @@ class Scheduler:
     """Owns the queue, the running requests and their leases; used by one thread.
 
     `max_length` is the model's limit on prompt plus output, `max_batch_tokens` the
-    most tokens of one step, `eos` the token ids that end an output.
+    most tokens of one step, `eos` the token ids that end an output. `max_pause` is how
+    many seconds a step with prompts may take while anybody decodes, 0 for any.
     """
 
     def __init__(
-        self, cache: PrefixCache, *, max_length: int, max_batch_tokens: int, max_running: int, eos: frozenset[int]
+        self,
+        cache: PrefixCache,
+        *,
+        max_length: int,
+        max_batch_tokens: int,
+        max_running: int,
+        eos: frozenset[int],
+        max_pause: float = 0.0,
     ) -> None:
         if max_batch_tokens < max_running:
             raise InvalidArgument(
@@ -124,7 +136,7 @@ class Scheduler:
         self.cache = cache
         self.max_running = max_running
         self._max_length = max_length
-        self._max_batch_tokens = max_batch_tokens
+        self._pace = Pace(max_pause, max_batch_tokens, cache.block_size)
         self._eos = eos
         self._waiting: list[Request] = []
         self._running: list[Request] = []  # oldest admission first
@@ -204,41 +216,51 @@ class Scheduler:
         self._grow()
         chunks: list[Chunk] = []
         copies: list[BlockCopy] = []
-        budget = self._max_batch_tokens
-        prefilling = []
+        prefilling: Request | None = None  # never two, since nobody is admitted behind a prompt that is cut
+        keys = 0
         for request in self._running:
-            if len(request.tokens) - request.computed == 1:
-                chunks.append(self._chunk(request, 1))
-                budget -= 1
+            tokens = request.tokens
+            length = len(tokens)
+            if length - request.computed == 1:
+                assert request.lease is not None
+                chunks.append(Chunk(request, length - 1, tokens[-1:], request.lease.blocks, True))
+                keys += length
             else:
-                prefilling.append(request)
-        for request in prefilling:
-            if budget:
-                chunks.append(self._chunk(request, budget))
-                budget -= len(chunks[-1].tokens)
+                assert prefilling is None
+                prefilling = request
+        load = Load(stream_rows=len(chunks), stream_keys=keys)
+        full = False
+        if prefilling is not None:
+            room = self._room_for(prefilling, prefilling.computed, load)
+            full = not self._add_chunk(prefilling, room, chunks, load)
         cached: dict[Request, int] = {}
-        while budget and len(self._running) < self.max_running:
+        while not full and len(self._running) < self.max_running:
             admitted = self._next_waiting(cached)
             if admitted is None:
                 break
+            room = self._room_for(admitted, cached[admitted], load)
+            if not room:
+                break
             self._admit(admitted, now, copies)
-            chunks.append(self._chunk(admitted, budget))
-            budget -= len(chunks[-1].tokens)
-        return Step(chunks, copies) if chunks else None
+            full = not self._add_chunk(admitted, room, chunks, load)
+        return Step(chunks, copies, load) if chunks else None
 
     def commit(self, step: Step, sampled: Sequence[Sampled | None], now: float, seconds: float) -> None:
         """Book a step that has been run: `sampled` has an entry per chunk, `seconds` is what the run took."""
         self._totals.steps += 1
+        self._pace.observe(step.load, seconds)
+        size = self.cache.block_size
         for chunk, sample in zip(step.chunks, sampled, strict=True):
             request = chunk.request
             lease = request.lease
             assert lease is not None and (sample is not None) == chunk.sample
-            lease.copied()
-            request.computed += len(chunk.tokens)
+            if step.copies:
+                lease.copied()
+            request.computed = computed = chunk.start + len(chunk.tokens)
             if request.first_token_at is None:
                 request.prefill_seconds += seconds
-            if request.store:
-                self._commit_blocks(request)
+            if computed // size > lease.shared and request.store and not lease.detached:
+                self._commit_blocks(request, lease)
             if sample is not None:
                 self._book(request, sample, now)
 
@@ -259,11 +281,13 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Give every running request the block its next token needs, preempting the youngest if there is none."""
+        size = self.cache.block_size
         for request in list(self._running):
-            if request.state is not State.RUNNING:
-                continue  # preempted for an older one
             lease = request.lease
-            assert lease is not None
+            if lease is None:
+                continue  # preempted for an older one
+            if len(request.tokens) <= len(lease.blocks) * size:
+                continue
             missing = self._blocks_for(len(request.tokens)) - len(lease.blocks)
             while missing > 0 and request.state is State.RUNNING:
                 try:
@@ -276,14 +300,21 @@ class Scheduler:
         final = self._blocks_for(request.max_length - 1)
         return min(max(final - self._blocks_for(len(request.tokens)), 0), ROOM_BLOCKS)
 
-    def _chunk(self, request: Request, budget: int) -> Chunk:
+    def _room_for(self, request: Request, start: int, load: Load) -> int:
+        """How many tokens from position `start` on a step of `load` may compute of a request."""
+        return self._pace.chunk(load, start, len(request.tokens) - start)
+
+    def _add_chunk(self, request: Request, room: int, chunks: list[Chunk], load: Load) -> bool:
+        """Add the next `room` tokens to a step, or as many as there are; returns whether that is all of them."""
         assert request.lease is not None
         start, total = request.computed, len(request.tokens)
-        end = min(start + budget, total)
-        return Chunk(request, start, request.tokens[start:end], request.lease.blocks, end == total)
+        end = min(start + room, total)
+        chunks.append(Chunk(request, start, request.tokens[start:end], request.lease.blocks, end == total))
+        load.add_prompt(start, end - start)
+        return end == total
 
     def _next_waiting(self, cached: dict[Request, int]) -> Request | None:
-        """Choose who is admitted next, or nobody; counts those passed over.
+        """Choose who is admitted next, or nobody.
 
         `cached` remembers within one step how many tokens of whom are cached.
         """
@@ -298,13 +329,7 @@ class Scheduler:
             if request.passed_over >= PATIENCE:
                 best = request
                 break
-        if best is None or not self._fits(best):
-            return None
-        for request in self._waiting:
-            if request is best:
-                break
-            request.passed_over += 1
-        return best
+        return best if best is not None and self._fits(best) else None
 
     def _cached_tokens(self, request: Request) -> int:
         return self.cache.lookup(request.packed, request.namespace).cached_tokens if request.read else 0
@@ -333,7 +358,10 @@ class Scheduler:
             copies.append(BlockCopy(lease.source.block, lease.blocks[lease.shared], lease.source.tokens))
         if request.store:
             self.cache.announce(lease, request.packed)
-        self._waiting.remove(request)
+        place = self._waiting.index(request)
+        for other in self._waiting[:place]:
+            other.passed_over += 1
+        del self._waiting[place]
         self._running.append(request)
         request.state = State.RUNNING
         request.lease = lease
@@ -360,12 +388,9 @@ class Scheduler:
         self._waiting.insert(0, request)
         self._totals.preempted += 1
 
-    def _commit_blocks(self, request: Request) -> None:
-        lease, size = request.lease, self.cache.block_size
-        assert lease is not None
+    def _commit_blocks(self, request: Request, lease: Lease) -> None:
+        size = self.cache.block_size
         start, end = lease.shared * size, request.computed // size * size
-        if end <= start or lease.detached:
-            return
         if end * TOKEN_BYTES <= len(request.packed):
             packed = request.packed[start * TOKEN_BYTES : end * TOKEN_BYTES]
         else:

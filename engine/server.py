@@ -59,6 +59,7 @@ class Server:
         self.port = 0
         self.died: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.bridge = EventBridge(asyncio.get_running_loop())
+        self.stream_interval = config.stream_interval_ms / 1000
         self.active = 0
         self._config = config
         self._load = load
@@ -184,7 +185,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         remaining = context.time_remaining()
         generation = wire.read_generate(message, engine.served)
         prompt = await server.encode(generation.prompt, engine.served.max_length - 1)
-        events = server.bridge.open()
+        # Stop strings are looked for as events come, and what is generated behind one is lost work.
+        events = server.bridge.open(0.0 if generation.params.stop else server.stream_interval)
         request = Request(
             id=generation.id,
             prompt=prompt,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine import embedded
+from engine import assembly, embedded
 from engine.assembly import Engine, load_engine
 from engine.config import load
+from engine.scheduler import Scheduler
+from prefixcache.cache import PrefixCache
 from prefixcache.client import Client
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound
 from tests.engine.serving import RunningServer
@@ -94,6 +97,19 @@ def test_the_fingerprint_says_what_may_exchange_hints() -> None:
     """Equal for equal configurations, different if blocks mean something else."""
     one, same, other = (assemble(cache_memory="1MiB", block_size=size).served.fingerprint for size in (16, 16, 8))
     assert one == same != other
+
+
+def test_sizes_and_limits_reach_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options that the scheduler takes are passed on, milliseconds as seconds."""
+    passed: dict[str, object] = {}
+
+    def scheduler(cache: PrefixCache, **options: Any) -> Scheduler:
+        passed.update(options)
+        return Scheduler(cache, **options)
+
+    monkeypatch.setattr(assembly, "Scheduler", scheduler)
+    assemble(cache_memory="1MiB", max_pause_ms=40, max_batch_tokens=99, max_running=7)
+    assert (passed["max_pause"], passed["max_batch_tokens"], passed["max_running"]) == (0.04, 99, 7)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ def test_options_win_over_the_environment() -> None:
         ({}, {"cache_memory": "0%"}, "a share of free memory must be above 0%"),
         ({}, {"cache_memory": "0"}, "the size must be above 0"),
         ({}, {"drain_seconds": float("inf")}, "option drain_seconds cannot be inf"),
+        ({}, {"max_pause_ms": -1}, "option max_pause_ms cannot be -1: input should be greater than or equal to 0"),
         ({}, {"port": -1, "max_running": 0}, "option port .*; option max_running"),
     ],
 )

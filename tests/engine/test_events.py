@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
+
 from engine.events import EventBridge, EventStream
-from engine.request import Event, Sampled
+from engine.request import Event, Failed, Sampled, Started
+from prefixcache.errors import Unavailable
+from prefixcache.reasons import MissReason
 
 
 async def take(stream: EventStream, count: int) -> list[Event]:
@@ -42,6 +46,28 @@ async def test_a_burst_is_one_batch() -> None:
     for token in range(5):
         stream.sink(Sampled(token))
     assert len(await stream.next()) == 5
+
+
+async def test_a_paced_stream_bundles_tokens_but_holds_back_nothing_else() -> None:
+    """The first token comes at once, those after it when the interval is over, an ending without waiting."""
+    bridge = EventBridge(asyncio.get_running_loop())
+    started, failed = Started(1, 0, MissReason.NONE, 0), Failed(Unavailable("over"))
+    stream = bridge.open(interval=3600)
+    for event in (started, Sampled(0)):
+        stream.sink(event)
+        assert await stream.next() == [event]
+    stream.sink(Sampled(1))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(stream.next(), 0.05)
+    stream.sink(Sampled(2))
+    stream.sink(failed)
+    assert await stream.next() == [Sampled(1), Sampled(2), failed]
+
+    stream = bridge.open(interval=0.05)
+    stream.sink(Sampled(0))
+    assert await stream.next() == [Sampled(0)]
+    stream.sink(Sampled(1))
+    assert await asyncio.wait_for(stream.next(), 10) == [Sampled(1)]
 
 
 def test_events_for_a_loop_that_is_closed_are_dropped() -> None:

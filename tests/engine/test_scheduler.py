@@ -200,6 +200,18 @@ def test_waiting_for_blocks_counts_nothing() -> None:
     assert totals.prompt_tokens == 12 + 40 + 32
 
 
+def test_a_block_that_has_been_copied_is_let_go() -> None:
+    """A partly matching block is held until the step has copied it, not until the request ends."""
+    bench = Bench()
+    bench.submit(prompt_of(6), max_tokens=1)
+    bench.finish()
+    request = bench.submit(prompt_of(6) + prompt_of(3, seed=1))
+    bench.step()
+    assert bench.started(request).cached_tokens == 6
+    assert request.lease is not None
+    assert bench.cache.stats().leased == len(request.lease.blocks)
+
+
 def test_eviction_and_recomputation() -> None:
     """A prompt whose blocks were evicted is computed again, gives the same tokens, and is told why."""
     bench = Bench(blocks=12)
