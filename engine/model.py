@@ -97,6 +97,9 @@ def load_model(source: str, dtype: str = "auto", device: str = "auto") -> Loaded
             f"{source!r} lacks weights of its own architecture, among them {missing[0]!r}: it is incomplete, "
             "or not the language model its configuration says"
         )
+    if where == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):  # out of the mapped file, which a single one holds whole
+            tensor.data = tensor.data.clone()
     path = Path(source)
     return from_pretrained_model(model.to(where), path.resolve().name if path.is_dir() else source)
 
