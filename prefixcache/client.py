@@ -197,7 +197,7 @@ def _translated(error: Any, target: str) -> PrefixCacheError:
             return ResourceExhausted(details, _retry_after(error))
         case grpc.StatusCode.DEADLINE_EXCEEDED if details == "Deadline Exceeded":  # noticed here, not there
             return DeadlineExceeded(f"no complete answer from {target} within the timeout")
-        case grpc.StatusCode.UNAVAILABLE:
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # not cancelled here, so the other side is going
             return errors.Unavailable(f"no answer from {target}: {details}")
     kind = _ERRORS.get(code.name)
     return kind(details) if kind is not None else PrefixCacheError(f"{target} answered {code.name}: {details}")
