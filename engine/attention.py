@@ -27,6 +27,7 @@ from torch.nn.functional import embedding_bag
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from engine.kv import KVGeometry, KVPool
+from engine.packing import multiplies
 from engine.plan import Band, Causal, Padded, Plan, Read, Slots
 from prefixcache.errors import FailedPrecondition
 
@@ -38,8 +39,14 @@ CALL_BYTES = {"cpu": 64 * 2**10, "cuda": 16 * 2**20}
 of 32 and 3 of 64 numbers in float32 and bfloat16: a call, the merge of its result and what surrounds them
 take 15 to 20 microseconds; padding 64 tails stops paying at 128 slots (64 KiB) and at 64 slots (48 KiB)."""
 
-SCORES_LIMIT = {"cpu": 2**20, "cuda": 2**25}
-"""Scores (not bytes) that the plain kernel holds at a time: on the CPU, as many as stay in the caches."""
+SCORES_LIMIT = 2**25
+"""Scores (not bytes) that the plain kernel holds at a time."""
+HEAD_SCORES = 2**19
+"""The same of the CPU's kernel, so that they stay in the caches."""
+CAUSAL_ROWS = 128
+"""Rows of a tile where a row sees only those before it: what lies above the diagonal is computed in vain."""
+FEW_SCORES = {torch.float32: 2**19, torch.bfloat16: 2**13, torch.float16: 2**13}
+"""Up to so many scores PyTorch's fused kernel, a single call, is quicker (measured)."""
 
 # What models pass along that says nothing about the result, because it describes what a
 # step already knows or what is wanted besides the output.
@@ -47,11 +54,6 @@ _HARMLESS = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions"}
     | {"output_hidden_states", "output_router_logits", "return_dict", "layer_idx"}
 )
-
-CAUSAL_ROWS = 128
-"""Rows of a tile where a row sees only those before it: what lies above the diagonal is computed in vain."""
-FEW_SCORES = 2**13
-"""Up to so many scores the fused kernel's single call is quicker than several products in half precision."""
 
 Partial = tuple[Tensor, Tensor]
 """Output `[H, rows, value_dim]` and log-sum-exp `[H, rows]` (float32) over some of the keys."""
@@ -135,19 +137,15 @@ class AttentionStep:
         reads = self._reads.get(window)
         if reads is None:
             reads = self._reads[window] = _Reads(self._pool, self._plan, window)
-        call = _Call(layer, query, key, value, _kernel(key, value, softcap), scale, softcap)
+        call = _Call(layer, query, key, value, _kernel(query), scale, softcap)
         out, lse = reads.run(call)
         if sinks is not None:  # a sink takes part in the softmax and contributes nothing
             out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1)
         return out.transpose(0, 1).to(query.dtype).contiguous()[None]
 
 
-def _kernel(key: Tensor, value: Tensor, softcap: float | None) -> Kernel:
-    if key.device.type != "cpu":
-        return plain_kernel
-    if key.dtype != torch.float32:
-        return half_kernel
-    return fused_kernel if softcap is None and key.shape[-1] == value.shape[-1] else plain_kernel
+def _kernel(query: Tensor) -> Kernel:
+    return head_kernel if query.device.type == "cpu" and multiplies(query.dtype) else plain_kernel
 
 
 def call_slots(geometry: KVGeometry, device: str) -> int:
@@ -169,47 +167,61 @@ def fused_kernel(
     return out, lse
 
 
-def half_kernel(
+def head_kernel(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None, scale: float, softcap: float | None
 ) -> Partial:
-    """For half precision on the CPU: a matrix product per KV head, with scores in the precision of the model.
+    """For many scores on the CPU: two matrix products per KV head and a tile of rows, with a softmax in between.
 
-    That is transformers' own arithmetic, on processors that multiply in half precision
-    two to four times as fast as the fused kernel, which converts what it reads. Products
-    over several heads at once would first copy keys and values of other than whole pools.
+    oneDNN multiplies two to four times as fast as the fused kernel, which also converts
+    what it reads in half precision. There, scores are in the precision of the model, as
+    in transformers' own attention. Products over several heads at once would first copy
+    keys and values of other than whole pools.
     """
     batch, heads, rows, width = query.shape
     kv_heads, count = key.shape[1:3]
-    plain = not causal and mask is None and softcap is None and key.shape[3] == value.shape[3]
-    if plain and heads * rows * count <= FEW_SCORES:
-        return fused_kernel(query, key, value, causal, mask, scale, softcap)
+    fusable = softcap is None and width == value.shape[3]
+    if fusable and heads * rows * count <= FEW_SCORES[query.dtype]:
+        return fused_kernel(query, key, value, causal, mask, scale, None)
     group = heads // kv_heads
     out = query.new_empty(batch, heads, rows, value.shape[3])
     lse = torch.empty(batch, heads, rows)
-    tile = max(SCORES_LIMIT["cpu"] // (group * count) // 16, 1) * 16
+    tile = max(HEAD_SCORES // (group * count) // 16, 1) * 16
     if causal:
         tile = min(tile, CAUSAL_ROWS)
     for place in range(batch):
         for head in range(kv_heads):
             members = slice(head * group, (head + 1) * group)
-            keys, values = key[place, head], value[place, head]
+            # Dense rows, as the pool's are; a chunk's own are parts of longer ones, for which oneDNN has no fast kernel.
+            keys, values = key[place, head].contiguous(), value[place, head].contiguous()
             for first in range(0, rows, tile):
                 last = min(first + tile, rows)
                 seen = last if causal else count
                 some = query[place, members, first:last].reshape(-1, width)
-                scores = some.new_empty(len(some), seen)
-                torch.addmm(scores, some, keys[:seen].t(), beta=0, alpha=scale, out=scores)
-                shaped = scores.view(group, last - first, seen)
+                scores = _scores(some, keys[:seen], scale).view(group, last - first, seen)
                 if softcap is not None:
-                    _cap(shaped, softcap)
+                    _cap(scores, softcap)
                 if causal:
-                    shaped[..., first:] += _future(shaped, last - first)
+                    scores[..., first:] += _future(scores, last - first)
                 elif mask is not None:
-                    shaped += mask.expand(batch, heads, rows, count)[place, members, first:last]
-                weights, total, lse[place, members, first:last] = _weights(shaped)
-                sums = torch.mm(weights.view(-1, seen), values[:seen]).view(group, last - first, -1)
-                out[place, members, first:last] = sums.div_(total)
+                    scores += mask.expand(batch, heads, rows, count)[place, members, first:last]
+                weights, total, lse[place, members, first:last] = _weights(scores)
+                sums = _product(weights.view(-1, seen), values[:seen].t()).view(group, last - first, -1)
+                out[place, members, first:last] = sums if total is None else sums.div_(total)
     return out, lse
+
+
+def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the scaled products `[rows, keys]`."""
+    if query.dtype == torch.float32:
+        return _product(query * scale, keys)
+    scores = query.new_empty(len(query), len(keys))
+    return torch.addmm(scores, query, keys.t(), beta=0, alpha=scale, out=scores)  # scaled before it is rounded
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows @ weight.t() by oneDNN, which in float32 is up to twice as fast as what `@` takes."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
+    return product
 
 
 def plain_kernel(
@@ -218,7 +230,7 @@ def plain_kernel(
     """The same in plain matrix products, for any device, precision, width and soft-capping; in tiles of rows."""
     batch, heads, rows, _ = query.shape
     kv_heads, count = key.shape[1:3]
-    tile = max(SCORES_LIMIT[query.device.type] // (batch * heads * count) // 16, 1) * 16
+    tile = max(SCORES_LIMIT // (batch * heads * count) // 16, 1) * 16
     outs, lses = [], []
     for first in range(0, rows, tile):
         last = min(first + tile, rows)
@@ -234,7 +246,8 @@ def plain_kernel(
             shaped += mask.expand(batch, heads, rows, count)[:, :, first:last]
         weights, total, lse = _weights(shaped)
         out = torch.matmul(weights.view(batch, kv_heads, -1, seen), value[:, :, :seen])
-        outs.append(out.view(batch, heads, last - first, -1).div_(total))
+        out = out.view(batch, heads, last - first, -1)
+        outs.append(out if total is None else out.div_(total))
         lses.append(lse)
     return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
 
@@ -248,13 +261,17 @@ def _future(scores: Tensor, rows: int) -> Tensor:
     return scores.new_full((rows, rows), -torch.inf).triu_(1)
 
 
-def _weights(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn scores `[..., keys]`, in place, into weights whose sum `[..., 1]` is still to be divided by.
+def _weights(scores: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return weights of the scores `[..., keys]`, what their sums `[..., 1]` are still to be divided by, if anything,
+    and the log-sum-exp `[...]` in float32. The scores may be overwritten.
 
-    Returns weights, sum and log-sum-exp `[...]`; the latter two in float32. The sum is that
-    of the rounded weights, so that what half precision loses is not lost a second time.
+    In half precision the divisor is the sum of the rounded weights, so that what rounding
+    loses is not lost a second time.
     """
     largest = scores.amax(-1, keepdim=True)
+    if scores.dtype == torch.float32:
+        weights = scores.softmax(-1)
+        return weights, None, (largest - weights.amax(-1, keepdim=True).log_()).squeeze(-1)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True, dtype=torch.float32)
     return weights, total, (total.log() + largest).squeeze(-1)
@@ -395,7 +412,9 @@ class _BoundPadded:
                 _cap(scores, call.softcap)
             scores += self._mask
             weights, total, lse = _weights(scores)
-            out = indices.sums(weights, values).div_(total)
+            out = indices.sums(weights, values)
+            if total is not None:
+                out.div_(total)
         return out.transpose(1, 2).reshape(heads, count, out.shape[3]), lse.transpose(1, 2).reshape(heads, count)
 
 

@@ -95,7 +95,7 @@ class EngineConfig(BaseModel):
         description="The most requests waiting to be admitted; more are refused with RESOURCE_EXHAUSTED.",
     )
     stream_interval_ms: int = Field(
-        default=20,  # smoother than a screen shows, and a fraction of the messages when many tokens come fast
+        default=50,  # smooth to a reader, and a fraction of the messages when many tokens come fast
         ge=0,
         description="How often a stream gets a message at most, in milliseconds: tokens that come faster share one. "
         "The first token and the end never wait, and a request with stop strings is not held back. 0: a message "

@@ -11,6 +11,8 @@ the output layer shares its weight with the embedding, which needs the plain one
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,15 +38,21 @@ def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def packs(model: PreTrainedModel) -> bool:
-    """Say whether the model's processor has products for packed weights of its precision."""
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN has products of this precision for this processor."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    if model.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if model.dtype == torch.float16:
+    if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return model.dtype == torch.float32
+    return dtype == torch.float32
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Say whether there are products for packed weights of the model's precision where it is."""
+    return model.device.type == "cpu" and multiplies(model.dtype)
 
 
 class PackedLinear(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine import attention
-from engine.attention import AttentionStep, Kernel, call_slots, fused_kernel, half_kernel, plain_kernel
+from engine.attention import AttentionStep, Kernel, call_slots, fused_kernel, head_kernel, plain_kernel
 from engine.kv import KVGeometry, KVPool, LayerGeometry
 from engine.plan import Plan, Span
 from prefixcache.errors import FailedPrecondition
@@ -171,7 +171,7 @@ def test_a_long_prefill_in_a_window() -> None:
     Sequences(spans, LayerGeometry(2, 8, 8), 4, torch.float32, "cpu").check(2e-6, 16, window=100)
 
 
-@pytest.mark.parametrize("kernel", [plain_kernel, half_kernel])
+@pytest.mark.parametrize("kernel", [plain_kernel, head_kernel])
 @pytest.mark.parametrize("limit", [2**20, 1])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask_rows", [0, 1, 41])
@@ -181,9 +181,10 @@ def test_kernels_agree(
     """PyTorch's kernel and ours, whole and in tiles, give the same output and log-sum-exp."""
     if causal and mask_rows:
         pytest.skip("never asked for together")
-    monkeypatch.setitem(attention.SCORES_LIMIT, "cpu", limit)
+    monkeypatch.setattr(attention, "SCORES_LIMIT", limit)
+    monkeypatch.setattr(attention, "HEAD_SCORES", limit)
     monkeypatch.setattr(attention, "CAUSAL_ROWS", 32)
-    monkeypatch.setattr(attention, "FEW_SCORES", 0)
+    monkeypatch.setitem(attention.FEW_SCORES, torch.float32, 0)
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 6, 41, 8), torch.randn(2, 2, 41, 8), torch.randn(2, 2, 41, 8)
     mask = torch.randn(2, 1, mask_rows, 41) if mask_rows else None
@@ -198,7 +199,7 @@ def test_kernels_cap_alike() -> None:
     """Soft-capped scores, with values of another width than keys."""
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 6, 41, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 4)
-    one, other = (kernel(query, key, value, False, None, 0.4, 2.0) for kernel in (plain_kernel, half_kernel))
+    one, other = (kernel(query, key, value, False, None, 0.4, 2.0) for kernel in (plain_kernel, head_kernel))
     assert torch.allclose(one[0], other[0], atol=2e-6) and torch.allclose(one[1], other[1], atol=2e-6)
     assert not torch.allclose(one[0], plain_kernel(query, key, value, False, None, 0.4, None)[0], atol=1e-3)
 
