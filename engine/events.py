@@ -13,69 +13,78 @@ whatever is not a token, is never held back.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
-from functools import partial
 
 from engine.request import Event, Sampled
 
 
 class EventStream:
-    """The events of one request, in order. `sink` may be called on any thread, the rest on the event loop."""
+    """The events of one request, in order. `post` may be called on any thread, the rest on the event loop."""
 
     def __init__(self, bridge: EventBridge, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-        self.sink = partial(bridge.post, self)
+        self.sink = self.post
+        self._bridge = bridge
         self._loop = loop
         self._interval = interval
-        self._events: list[Event] = []
+        self._posted: deque[Event] = deque()
         self._arrived = asyncio.Event()
-        self._due = -math.inf  # when tokens may be handed out again
+        self._holding = False
         self._timer: asyncio.TimerHandle | None = None
+
+    def post(self, event: Event) -> None:
+        """Hand over an event; never waits."""
+        self._posted.append(event)  # before looking, so that whoever ends the holding finds it
+        if not (self._holding and isinstance(event, Sampled)):
+            self._bridge.wake(self)
 
     async def next(self) -> list[Event]:
         """Wait for events and return all that have come, at least one."""
-        await self._arrived.wait()
-        self._arrived.clear()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            if self._posted:  # not found already with what was rung for before
+                break
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        events, self._events = self._events, []
-        if isinstance(events[-1], Sampled):
-            self._due = self._loop.time() + self._interval
+        events = [self._posted.popleft() for _ in range(len(self._posted))]
+        if self._interval and isinstance(events[-1], Sampled):
+            self._holding = True
+            self._timer = self._loop.call_later(self._interval, self._release)
         return events
 
-    def deliver(self, event: Event) -> None:
-        self._events.append(event)
-        if not isinstance(event, Sampled) or self._loop.time() >= self._due:
-            self._arrived.set()
-        elif self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._arrived.set)
+    def ring(self) -> None:
+        """Say that something has come."""
+        self._arrived.set()
+
+    def _release(self) -> None:
+        self._holding = False
+        if self._posted:
+            self.ring()
 
 
 class EventBridge:
-    """Carries events of all requests to one event loop."""
+    """Wakes one event loop for the streams of all requests."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._posted: deque[tuple[EventStream, Event]] = deque()
+        self._waiting: deque[EventStream] = deque()
         self._woken = False
 
     def open(self, interval: float = 0.0) -> EventStream:
         """Return a stream whose tokens are handed out at most every `interval` seconds."""
         return EventStream(self, self._loop, interval)
 
-    def post(self, stream: EventStream, event: Event) -> None:
-        """Hand over an event; on any thread, never waits."""
-        self._posted.append((stream, event))
+    def wake(self, stream: EventStream) -> None:
+        """Ring a stream on the event loop; on any thread, never waits."""
+        self._waiting.append(stream)
         if not self._woken:
             self._woken = True
             try:
-                self._loop.call_soon_threadsafe(self._deliver)
+                self._loop.call_soon_threadsafe(self._ring)
             except RuntimeError:  # the loop is closed, so nobody listens any more
                 assert self._loop.is_closed()
 
-    def _deliver(self) -> None:
-        self._woken = False  # before looking, so that what is posted from now on wakes again
-        while self._posted:
-            stream, event = self._posted.popleft()
-            stream.deliver(event)
+    def _ring(self) -> None:
+        self._woken = False  # before looking, so that what comes from now on wakes again
+        while self._waiting:
+            self._waiting.popleft().ring()

@@ -14,6 +14,9 @@ from benchmarks.serving.measure import Agreement, Figures, Record, by_label, fig
 from benchmarks.serving.targets import Failed, Target
 from benchmarks.serving.traffic import Phase, Scenario, TokenSource, check_lengths
 
+SETTLE = 1.0
+"""Seconds of rest before a target's turn: threads of the one before go on spinning for a while, or tidy up."""
+
 
 @dataclass
 class Limits:
@@ -115,6 +118,7 @@ async def measure(
         records: dict[str, list[Record]] = {}
         for target in [*targets[repeat % len(targets) :], *targets[: repeat % len(targets)]]:
             records[target.name] = []
+            await asyncio.sleep(SETTLE)
             for phase in phases:
                 title = f"{repeat + 1}/{repeats} {target.name}: {phase.label}"
                 outcome = await perform(target, phase, limits.timeout, partial(progress, title, 1, total))
