@@ -32,8 +32,9 @@ Integers = NDArray[np.int64]
 
 MIN_PADDED = 2
 """Fewer short tails than this are not worth reading together."""
-SHORT_CALLS = 8
-"""A tail is short if it has at most this many times the slots that are copied in the time of a kernel call."""
+SHORT_CALLS = 64
+"""A tail is short if it has at most this many times the slots that are copied in the time of a kernel call. Measured:
+4 tails of 5,000 slots and 16 of 1,800 are still read faster together."""
 BAND_ROWS = 256
 """Rows of one tile of a chunk in a sliding window."""
 

@@ -157,7 +157,7 @@ def test_few_long_runs_are_read_one_by_one_and_many_short_ones_gathered() -> Non
 
 def test_short_tails_are_padded_together_and_long_ones_are_not() -> None:
     """Eight short sequences make one padded read; a long one among them is read alone."""
-    spans = [Span(5 + i % 2, 1, [2 * i, 2 * i + 1]) for i in range(8)] + [Span(199, 1, list(range(20, 70)))]
+    spans = [Span(5 + i % 2, 1, [2 * i, 2 * i + 1]) for i in range(8)] + [Span(1199, 1, list(range(20, 320)))]
     base = Plan(spans, SIZE, call_slots=16).reads().base
     assert sorted(type(read).__name__ for read in base) == ["Padded", "Read"]
     verify(spans, 16, None)
