@@ -191,7 +191,7 @@ def head_kernel(
     for place in range(batch):
         for head in range(kv_heads):
             members = slice(head * group, (head + 1) * group)
-            # Dense rows, as the pool's are; a chunk's own are parts of longer ones, for which oneDNN has no fast kernel.
+            # Dense rows, as the pool's are: a chunk's own are parts of longer ones, which oneDNN takes slowly.
             keys, values = key[place, head].contiguous(), value[place, head].contiguous()
             for first in range(0, rows, tile):
                 last = min(first + tile, rows)
