@@ -32,6 +32,10 @@ class Request(NamedTuple):
     def prompt_tokens(self) -> int:
         return len(self.prompt) // TOKEN_BYTES
 
+    @property
+    def output_tokens(self) -> int:
+        return len(self.output) // TOKEN_BYTES
+
 
 Workload = Callable[[], Iterator[Request]]
 
@@ -42,9 +46,13 @@ def agents(
     """System prompts chosen by Zipf's law (exponent 1), each followed by a question of its own."""
     source = random.Random("agents")
     prompts = [_tokens(source, system) for _ in range(systems)]
-    weights = list(accumulate(1 / rank for rank in range(1, systems + 1)))
-    for chosen in source.choices(prompts, cum_weights=weights, k=requests):
+    for chosen in source.choices(prompts, cum_weights=zipf(systems), k=requests):
         yield Request(chosen + _tokens(source, own), _tokens(source, output))
+
+
+def zipf(count: int) -> list[float]:
+    """Cumulative weights of `count` choices by Zipf's law (exponent 1)."""
+    return list(accumulate(1 / rank for rank in range(1, count + 1)))
 
 
 def chat(sessions: int = 500, turns: int = 12, user: int = 100, output: int = 200) -> Iterator[Request]:

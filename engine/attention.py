@@ -27,7 +27,7 @@ from torch.nn.functional import embedding_bag
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from engine.kv import KVGeometry, KVPool
-from engine.packing import multiplies
+from engine.packing import linear, multiplies
 from engine.plan import Band, Causal, Padded, Plan, Read, Slots
 from prefixcache.errors import FailedPrecondition
 
@@ -37,7 +37,7 @@ ARGUMENT = "prefix_cache_step"
 CALL_BYTES = {"cpu": 64 * 2**10, "cuda": 16 * 2**20}
 """Bytes of keys that can be copied in about the time of a kernel call. On the CPU, measured with 4 heads
 of 32 and 3 of 64 numbers in float32 and bfloat16: a call, the merge of its result and what surrounds them
-take 15 to 20 microseconds; padding 64 tails stops paying at 128 slots (64 KiB) and at 64 slots (48 KiB)."""
+take 15 to 20 microseconds, in which 64 slots (48 KiB) to 128 (64 KiB) are copied."""
 
 SCORES_LIMIT = 2**25
 """Scores (not bytes) that the plain kernel holds at a time."""
@@ -188,6 +188,7 @@ def head_kernel(
     tile = max(HEAD_SCORES // (group * count) // 16, 1) * 16
     if causal:
         tile = min(tile, CAUSAL_ROWS)
+        future = _future(query, min(tile, rows))
     for place in range(batch):
         for head in range(kv_heads):
             members = slice(head * group, (head + 1) * group)
@@ -198,30 +199,23 @@ def head_kernel(
                 seen = last if causal else count
                 some = query[place, members, first:last].reshape(-1, width)
                 scores = _scores(some, keys[:seen], scale).view(group, last - first, seen)
-                if softcap is not None:
-                    _cap(scores, softcap)
+                hidden = None
                 if causal:
-                    scores[..., first:] += _future(scores, last - first)
+                    hidden = future[: last - first, : last - first]
                 elif mask is not None:
-                    scores += mask.expand(batch, heads, rows, count)[place, members, first:last]
-                weights, total, lse[place, members, first:last] = _weights(scores)
-                sums = _product(weights.view(-1, seen), values[:seen].t()).view(group, last - first, -1)
-                out[place, members, first:last] = sums if total is None else sums.div_(total)
+                    hidden = mask.expand(batch, heads, rows, count)[place, members, first:last]
+                weights, total, lse[place, members, first:last] = _weights(scores, softcap, hidden)
+                sums = linear(weights.view(-1, seen), values[:seen].t()).view(group, last - first, -1)
+                out[place, members, first:last] = _divided(sums, total)
     return out, lse
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Return the scaled products `[rows, keys]`."""
     if query.dtype == torch.float32:
-        return _product(query * scale, keys)
+        return linear(query * scale, keys)
     scores = query.new_empty(len(query), len(keys))
     return torch.addmm(scores, query, keys.t(), beta=0, alpha=scale, out=scores)  # scaled before it is rounded
-
-
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return rows @ weight.t() by oneDNN, which in float32 is up to twice as fast as what `@` takes."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
-    return product
 
 
 def plain_kernel(
@@ -237,37 +231,34 @@ def plain_kernel(
         seen = last if causal else count
         folded = query[:, :, first:last].reshape(batch, kv_heads, -1, query.shape[3])
         scores = torch.matmul(folded, key[:, :, :seen].transpose(-1, -2)).mul_(scale)
-        shaped = scores.view(batch, heads, last - first, seen)
-        if softcap is not None:
-            _cap(shaped, softcap)
+        hidden = None
         if causal:
-            shaped[..., first:] += _future(shaped, last - first)
+            hidden = _future(scores, last - first)
         elif mask is not None:
-            shaped += mask.expand(batch, heads, rows, count)[:, :, first:last]
-        weights, total, lse = _weights(shaped)
-        out = torch.matmul(weights.view(batch, kv_heads, -1, seen), value[:, :, :seen])
-        out = out.view(batch, heads, last - first, -1)
-        outs.append(out if total is None else out.div_(total))
+            hidden = mask.expand(batch, heads, rows, count)[:, :, first:last]
+        weights, total, lse = _weights(scores.view(batch, heads, last - first, seen), softcap, hidden)
+        sums = torch.matmul(weights.view(batch, kv_heads, -1, seen), value[:, :, :seen])
+        outs.append(_divided(sums.view(batch, heads, last - first, -1), total))
         lses.append(lse)
     return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
 
 
-def _cap(scores: Tensor, softcap: float) -> None:
-    scores.div_(softcap).tanh_().mul_(softcap)
-
-
-def _future(scores: Tensor, rows: int) -> Tensor:
+def _future(like: Tensor, rows: int) -> Tensor:
     """Return what hides the later ones of `rows` rows from the earlier ones."""
-    return scores.new_full((rows, rows), -torch.inf).triu_(1)
+    return like.new_full((rows, rows), -torch.inf).triu_(1)
 
 
-def _weights(scores: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _weights(scores: Tensor, softcap: float | None, hidden: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return weights of the scores `[..., keys]`, what their sums `[..., 1]` are still to be divided by, if anything,
     and the log-sum-exp `[...]` in float32. The scores may be overwritten.
 
-    In half precision the divisor is the sum of the rounded weights, so that what rounding
-    loses is not lost a second time.
+    Scores are capped first, then masked: `hidden` is added to those of the last keys, as many as it has. In half
+    precision the divisor is the sum of the rounded weights, so that what rounding loses is not lost a second time.
     """
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if hidden is not None:
+        scores[..., -hidden.shape[-1] :] += hidden
     largest = scores.amax(-1, keepdim=True)
     if scores.dtype == torch.float32:
         weights = scores.softmax(-1)
@@ -275,6 +266,10 @@ def _weights(scores: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     weights = scores.sub_(largest).exp_()
     total = weights.sum(-1, keepdim=True, dtype=torch.float32)
     return weights, total, (total.log() + largest).squeeze(-1)
+
+
+def _divided(sums: Tensor, total: Tensor | None) -> Tensor:
+    return sums if total is None else sums.div_(total)
 
 
 # Reads, bound to the tensors of a pool
@@ -407,14 +402,8 @@ class _BoundPadded:
             else:
                 copy = self._pool.gather_keys(call.layer, self._slots).view(kv_heads, *self._shape, -1)
                 scores = torch.matmul(grouped, copy.transpose(-1, -2))
-            scores *= call.scale
-            if call.softcap is not None:
-                _cap(scores, call.softcap)
-            scores += self._mask
-            weights, total, lse = _weights(scores)
-            out = indices.sums(weights, values)
-            if total is not None:
-                out.div_(total)
+            weights, total, lse = _weights(scores.mul_(call.scale), call.softcap, self._mask)
+            out = _divided(indices.sums(weights, values), total)
         return out.transpose(1, 2).reshape(heads, count, out.shape[3]), lse.transpose(1, 2).reshape(heads, count)
 
 

@@ -19,10 +19,9 @@ from engine.request import Event, Sampled
 
 
 class EventStream:
-    """The events of one request, in order. `post` may be called on any thread, the rest on the event loop."""
+    """The events of one request, in order. `sink` may be called on any thread, the rest on the event loop."""
 
     def __init__(self, bridge: EventBridge, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-        self.sink = self.post
         self._bridge = bridge
         self._loop = loop
         self._interval = interval
@@ -31,7 +30,7 @@ class EventStream:
         self._holding = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def post(self, event: Event) -> None:
+    def sink(self, event: Event) -> None:
         """Hand over an event; never waits."""
         self._posted.append(event)  # before looking, so that whoever ends the holding finds it
         if not (self._holding and isinstance(event, Sampled)):

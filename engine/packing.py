@@ -22,8 +22,7 @@ ROWS = 64
 """How many rows the layout is chosen for. Measured with weights of 256 to 49,152 rows: layouts for 64 and
 for 2,048 rows are equally quick from 1 to 512 rows, one for a single row is up to twice as slow."""
 
-
-_product = torch.ops.mkldnn._linear_pointwise.default
+_linear = torch.ops.mkldnn._linear_pointwise.default
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -32,9 +31,12 @@ def packed(weight: Tensor) -> Tensor:
     return result
 
 
-def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what `nn.functional.linear` would of the plain weight."""
-    result: Tensor = _product(rows, weight, bias, "none", [], "")
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what `nn.functional.linear` does, by oneDNN; the weight `[out, in]` may be packed.
+
+    A plain one must be dense (or the transpose of a dense one): for others there is no fast kernel.
+    """
+    result: Tensor = _linear(rows, weight, bias, "none", [], "")
     return result
 
 
@@ -71,7 +73,7 @@ class PackedLinear(nn.Module):
         return plain
 
     def forward(self, rows: Tensor) -> Tensor:
-        return packed_linear(rows, self._packed, self.bias)
+        return linear(rows, self._packed, self.bias)
 
 
 def pack(model: PreTrainedModel) -> int:

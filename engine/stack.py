@@ -27,8 +27,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from engine import packing
 from engine.attention import Step
-from engine.packing import packed, packed_linear, packs
+from engine.packing import packed, packs
 from engine.probe import AttentionCall
 
 FAMILIES = ("Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
@@ -74,7 +75,7 @@ class Stack:
         parts: Any = model
         self._packs = packs(model)
         self._linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-        self._linear = packed_linear if self._packs else functional.linear
+        self._linear = packing.linear if self._packs else functional.linear
         self._taken: list[tuple[list[nn.Linear], Tensor]] = []
         self._embedding: Tensor = parts.model.embed_tokens.weight
         self._rotary: nn.Module = parts.model.rotary_emb

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prefixcache.local import LocalServer, free_port
 
-__all__ = ["ROOT", "command", "environment", "free_port", "server"]
+__all__ = ["ROOT", "command", "environment", "free_port", "python", "server"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +23,22 @@ def environment(**variables: str) -> dict[str, str]:
         kept.pop(name, None)
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     return kept | {"PYTHONPATH": path, "TERM": "xterm-256color"} | variables
+
+
+def python(*arguments: str, timeout: float, cwd: Path | None = None, **variables: str) -> str:
+    """Run Python with warnings as errors, assert that it ends well without complaint, and return what it writes."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        env=environment(**variables),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
 
 
 def command(*arguments: str) -> list[str]:

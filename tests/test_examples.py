@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.serving import ROOT, environment, server
+from tests.serving import ROOT, environment, python, server
 
 EXAMPLES = ROOT / "examples"
 NUMBER = r"([\d,]+)"
@@ -24,17 +24,7 @@ def address() -> Iterator[str]:
 
 def run(name: str, *arguments: str) -> str:
     """Return what an example writes, on a terminal that is no terminal and 100 columns wide."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
-        env=environment(COLUMNS="100"),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    return python(str(EXAMPLES / name), *arguments, timeout=60, COLUMNS="100")
 
 
 def counts(pattern: str, output: str) -> list[tuple[int, ...]]:

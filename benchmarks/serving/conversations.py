@@ -23,6 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.serving.traffic import FIRST_ID, Call, Phase, TokenSource, trimmed
+from benchmarks.workloads import zipf
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -54,7 +55,7 @@ def generated(runs: int) -> list[Messages]:
     """Stand-ins for recorded runs: one long policy, then questions, tool calls, their results and answers."""
     source = random.Random("conversations")
     words = ["".join(source.choices("abcdefghijklmnopqrstuvwxyz", k=source.randint(2, 9))) for _ in range(3_000)]
-    weights = list(accumulate_zipf(len(words)))
+    weights = zipf(len(words))
 
     def text(count: int) -> str:
         return " ".join(source.choices(words, cum_weights=weights, k=count))
@@ -72,13 +73,6 @@ def generated(runs: int) -> list[Messages]:
             messages.append({"role": "assistant", "content": text(source.randint(10, 80))})
         made.append(messages)
     return made
-
-
-def accumulate_zipf(count: int) -> Iterable[float]:
-    total = 0.0
-    for rank in range(1, count + 1):
-        total += 1 / rank
-        yield total
 
 
 def body(message: Mapping[str, Any]) -> str:

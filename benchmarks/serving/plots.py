@@ -17,6 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from benchmarks.serving.measure import Figures
 from benchmarks.serving.report import Report, title
+from benchmarks.serving.traffic import Ttft
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers, without the yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -83,7 +84,7 @@ def _ttft(panel: Axes, report: Report) -> None:
     lengths = report["options"]["length"]
     for name, style, labels in _targets(report):
         for state, look in (("cold", {"linestyle": "--", "markerfacecolor": "white"}), ("warm", {"linestyle": "-"})):
-            points = [(length, labels[f"{length} {state}"]["ttft p50 ms"]) for length in lengths]
+            points = [(length, labels[Ttft.label(length, state)]["ttft p50 ms"]) for length in lengths]
             _line(panel, points, label=f"{name}, {state}", **style, **look)
     panel.set(xscale="log", yscale="log", ylabel="time to first token, ms")
     panel.set_xlabel(f"prompt, tokens (warm: all but the last {report['options']['suffix']} are cached)")

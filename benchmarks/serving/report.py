@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.machine import describe
 from benchmarks.serving.drive import Run
-from benchmarks.serving.measure import Figures, medians, ratios
+from benchmarks.serving.measure import medians, ratios
 from benchmarks.serving.traffic import Ttft
 
 Report = dict[str, Any]
@@ -79,7 +79,7 @@ def build(run: Run, reference: str, where: Mapping[str, Any], options: Mapping[s
                 "labels": {
                     label: {
                         "median": medians(figures),
-                        "ratio": _ratios(run, name, label, reference),
+                        "ratio": ratios(figures, run.figures[reference][label]),
                         "repeats": figures,
                     }
                     for label, figures in run.figures[name].items()
@@ -89,10 +89,6 @@ def build(run: Run, reference: str, where: Mapping[str, Any], options: Mapping[s
         },
         "errors": run.errors,
     }
-
-
-def _ratios(run: Run, name: str, label: str, reference: str) -> Figures:
-    return ratios(run.figures[name][label], run.figures[reference][label])
 
 
 def save(report: Report, path: Path) -> None:

@@ -286,7 +286,7 @@ class Chat:
         sessions: dict[bytes, list[Call]] = {}
         for request in workloads.chat(self.conversations, self.turns, self.user, self.output):
             # Random tokens: a conversation is known by its beginning.
-            call = Call(ids(request.prompt), len(request.output) // 4, self.name)
+            call = Call(ids(request.prompt), request.output_tokens, self.name)
             sessions.setdefault(request.prompt[:32], []).append(call)
         return [Phase(self.name, list(sessions.values()), concurrency=self.concurrency)]
 
@@ -318,7 +318,7 @@ class Trace:
         made = workloads.recorded(self.file, self.requests) if self.file else workloads.synthetic(self.requests)
         sessions = []
         for request in made:
-            output = min(max(len(request.output) // 4 // self.scale, 1), self.max_output)
+            output = min(max(request.output_tokens // self.scale, 1), self.max_output)
             sessions.append([Call(self._scaled(ids(request.prompt)), output, self.name)])
         times = self._recorded_times() if self.file else poisson(random.Random("trace"), TRACE_RATE, len(sessions))
         return [Phase(self.name, sessions, [time / self.speed for time in times])]

@@ -20,9 +20,9 @@ class Transformers(HttpServer):
     """Starts `transformers_worker` with the given options and ends it."""
 
     def __init__(self, name: str, options: list[str], timeout: float) -> None:
-        self._port = free_port()
-        super().__init__(name, "127.0.0.1", self._port, timeout)
-        worker = [sys.executable, "-m", "benchmarks.serving.transformers_worker", "--port", str(self._port)]
+        port = free_port()
+        super().__init__(name, "127.0.0.1", port, timeout)
+        worker = [sys.executable, "-m", "benchmarks.serving.transformers_worker", "--port", str(port)]
         self._command = [*worker, *options]
 
     async def __aenter__(self) -> Self:

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import shapes
 from prefixcache.local import LocalServer
-from tests.serving import ROOT, environment
+from tests.serving import ROOT, environment, python
 
 PNG = b"\x89PNG"
 OPTIONS = ("--cache-memory", "64MiB", "--threads", "2")
@@ -38,18 +38,7 @@ def address(model: Path) -> Iterator[str]:
 
 def bench(*arguments: str) -> str:
     """Run the benchmark, without warnings, and return what it writes."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "benchmarks.bench_serving", *arguments],
-        env=environment(OMP_NUM_THREADS="2"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    return python("-m", "benchmarks.bench_serving", *arguments, timeout=100, cwd=ROOT, OMP_NUM_THREADS="2")
 
 
 def figures(result: Path, target: str) -> dict[str, dict[str, Any]]:
