@@ -19,21 +19,17 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from engine.request import Finished, FinishReason, Sampled, SamplingParams, Started
-from engine.scheduler import EngineStats
+from engine.tenants import namespace_key
 from engine.tokenizer import Chat, Prompt
-from prefixcache.cache import Found
 from prefixcache.errors import InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
 from prefixcache.reasons import MissReason
-from prefixcache.v1 import cache_pb2, generation_pb2, prompt_pb2
+from prefixcache.v1 import generation_pb2, prompt_pb2
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_NAMESPACE_BYTES = 256
 MAX_ROLE_BYTES = 64
 # gRPC sends a message in a header; long ones are cut off or refused on the way.
 MAX_STATUS_CHARACTERS = 2000
-
-ANONYMOUS = "anonymous"
-"""The principal of every caller, as long as callers are not authenticated."""
 
 STATUS_DETAILS = "grpc-status-details-bin"
 
@@ -67,16 +63,11 @@ class Generation:
     store: bool
 
 
-def namespace_key(principal: str, suffix: str) -> str:
-    """Return the cache's namespace for a principal and the suffix it chose; no two pairs give the same key."""
-    return f"{len(principal)}:{principal},{len(suffix)}:{suffix}"
-
-
 # Requests
 
 
-def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel) -> Generation:
-    """Check a request. Raises InvalidArgument, or NotFound for another model."""
+def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel, tenant: str) -> Generation:
+    """Check a request of a tenant. Raises InvalidArgument, or NotFound for another model."""
     if message.model and message.model != served.name:
         raise NotFound(
             f"model {_shortened(message.model)!r} is not served here, only {served.name!r}; leave model empty to use it"
@@ -93,7 +84,7 @@ def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel) 
         prompt=read_prompt(message.prompt),
         params=params,
         seed=message.sampling.seed if message.sampling.HasField("seed") else random.getrandbits(63),
-        namespace=read_namespace(cache.namespace, "cache.namespace"),
+        namespace=read_namespace(tenant, cache.namespace, "cache.namespace"),
         read=cache.read if cache.HasField("read") else True,
         store=cache.store if cache.HasField("store") else True,
     )
@@ -115,11 +106,11 @@ def read_prompt(message: prompt_pb2.Prompt) -> Prompt:
     raise InvalidArgument("prompt is not set; send one of prompt.text, prompt.token_ids, prompt.messages")
 
 
-def read_namespace(suffix: str, field: str) -> str:
-    """Return the namespace key for the suffix in `field`. Raises InvalidArgument if it is too long."""
+def read_namespace(tenant: str, suffix: str, field: str) -> str:
+    """Return a tenant's namespace key for the suffix in `field`. Raises InvalidArgument if it is too long."""
     if len(suffix.encode()) > MAX_NAMESPACE_BYTES:
         raise InvalidArgument(f"{field} must have at most {MAX_NAMESPACE_BYTES} bytes")
-    return namespace_key(ANONYMOUS, suffix)
+    return namespace_key(tenant, suffix)
 
 
 def _read_sampling(message: generation_pb2.Sampling) -> SamplingParams:
@@ -198,7 +189,7 @@ def write_started(request_id: str, started: Started) -> generation_pb2.GenerateR
             request_id=request_id,
             prompt_tokens=started.prompt_tokens,
             cached_tokens=started.cached_tokens,
-            miss_reason=_miss_reason(started.reason),
+            miss_reason=miss_reason(started.reason),
             miss_position=started.position,
         )
     )
@@ -236,10 +227,10 @@ def write_finished(finished: Finished, stop: str | None = None) -> generation_pb
                 recomputed_tokens=usage.recomputed_tokens,
             ),
             timings=generation_pb2.Timings(
-                queue=_duration(timings.queue),
-                first_token=_duration(timings.first_token),
-                total=_duration(timings.total),
-                prefill=_duration(timings.prefill),
+                queue=duration(timings.queue),
+                first_token=duration(timings.first_token),
+                total=duration(timings.total),
+                prefill=duration(timings.prefill),
             ),
             stopped_by=stop or "",
         )
@@ -265,65 +256,20 @@ def write_model(served: ServedModel) -> generation_pb2.GetModelResponse:
     )
 
 
-def write_found(prompt_tokens: int, found: Found) -> cache_pb2.LookupResponse:
-    return cache_pb2.LookupResponse(
-        prompt_tokens=prompt_tokens,
-        cached_tokens=found.cached_tokens,
-        miss_reason=_miss_reason(found.reason),
-        miss_position=found.position,
-    )
-
-
-def write_stats(
-    stats: EngineStats, *, block_size: int, bytes_per_block: int, uptime: float
-) -> cache_pb2.GetStatsResponse:
-    """Return a snapshot; `uptime` is in seconds."""
-    blocks, totals = stats.cache, stats.totals
-    return cache_pb2.GetStatsResponse(
-        blocks=cache_pb2.BlockStats(
-            block_size=block_size,
-            total=blocks.total,
-            free=blocks.free,
-            cached=blocks.cached,
-            leased=blocks.leased,
-            evicted=blocks.evicted,
-            bytes_per_block=bytes_per_block,
-        ),
-        requests=cache_pb2.RequestStats(
-            waiting=stats.waiting,
-            running=stats.running,
-            admitted=totals.admitted,
-            finished=totals.finished,
-            aborted=totals.aborted,
-            preempted=totals.preempted,
-            steps=totals.steps,
-        ),
-        tokens=cache_pb2.TokenStats(
-            prompt=totals.prompt_tokens,
-            cached=totals.cached_tokens,
-            computed=totals.prompt_tokens - totals.cached_tokens,
-            recomputed=totals.recomputed_tokens,
-            generated=totals.generated_tokens,
-        ),
-        miss_reasons={reason.value: count for reason, count in totals.miss_reasons.items()},
-        uptime=_duration(uptime),
-    )
-
-
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
 
 
-def _miss_reason(reason: MissReason) -> prompt_pb2.MissReason.ValueType:
+def miss_reason(reason: MissReason) -> prompt_pb2.MissReason.ValueType:
     return prompt_pb2.MissReason.Value(f"MISS_REASON_{reason.name}")
 
 
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
-    return duration
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
+    return message
 
 
 # Errors
@@ -344,7 +290,7 @@ def status_of(error: PrefixCacheError) -> Status:
     trailing: tuple[tuple[str, bytes], ...] = ()
     if isinstance(error, ResourceExhausted) and error.retry_after is not None:
         status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=details)
-        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after)))
         trailing = ((STATUS_DETAILS, status.SerializeToString()),)
     return Status(grpc.StatusCode[error.status], details, trailing)
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 
 from prefixcache import terminal
-from prefixcache.client import Client, GenerateOptions
+from prefixcache.client import Client
 from prefixcache.errors import FailedPrecondition, PrefixCacheError, Unavailable
 from prefixcache.explain import cost
+from prefixcache.requests import GenerateOptions
 
 HELP = """\
 /reset    begin a new conversation (with the same system prompt)

@@ -11,25 +11,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import socket
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from prefixcache import terminal
-from prefixcache.errors import PrefixCacheError, Unavailable
+from prefixcache.errors import PrefixCacheError
+from prefixcache.options import (
+    DEFAULT_ADDRESS,
+    DEFAULT_MAX_TOKENS,
+    Address,
+    File,
+    Json,
+    MaxTokens,
+    Namespace,
+    Prompt,
+    Seed,
+    Temperature,
+    Timeout,
+    connect,
+    read_prompt,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from prefixcache.client import Client, GenerateOptions
+    from prefixcache.client import Client
+    from prefixcache.requests import GenerateOptions
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-ADDRESS_VARIABLE = "PREFIXCACHE_ADDRESS"
-DEFAULT_MAX_TOKENS = 256
 INTERRUPTED = 130
 
 
@@ -78,37 +89,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _host_and_port(address: str) -> str:
-    if ":" not in address:
-        raise typer.BadParameter(f"{address!r} has no port: give host:port, such as {DEFAULT_ADDRESS}")
-    return address
-
-
-Address = Annotated[
-    str,
-    typer.Option(
-        "--address", "-a", metavar="HOST:PORT", envvar=ADDRESS_VARIABLE, callback=_host_and_port, help="The server."
-    ),
-]
-Prompt = Annotated[
-    str | None, typer.Argument(metavar="PROMPT", help="The prompt, or - to read it from stdin.", show_default=False)
-]
-File = Annotated[
-    Path | None,
-    typer.Option("--file", "-f", exists=True, dir_okay=False, readable=True, help="Read the prompt from this file."),
-]
-Namespace = Annotated[
-    str, typer.Option(help="Share cached prefixes only within this namespace.", show_default="the caller's own")
-]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object instead of text.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens to generate.")]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 takes the most probable token, more adds chance.", show_default="0")
-]
-Seed = Annotated[int | None, typer.Option(min=0, help="The same seed and prompt give the same tokens.")]
-Timeout = Annotated[float | None, typer.Option(min=0.001, help="Seconds to wait for the whole answer.")]
-
-
 @app.callback()
 def prefixcache(
     version: Annotated[
@@ -144,7 +124,7 @@ def generate(
     """Continue a prompt, and say what the cache saved."""
     from prefixcache.explain import cost, sentence
 
-    text = _prompt(prompt, file)
+    text = read_prompt(prompt, file)
     options: GenerateOptions = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -155,12 +135,12 @@ def generate(
         "store_cache": not no_store,
         "timeout": timeout,
     }
-    with _client(address) as client, client.stream(text, **options) as stream:
+    with connect(address) as client, client.stream(text, **options) as stream:
         if not as_json:
             terminal.write(stream)
         completion = stream.result()
     if as_json:
-        _write_json(
+        write_json(
             text=completion.text,
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
@@ -200,7 +180,7 @@ def chat(
         "namespace": namespace,
         "timeout": timeout,
     }
-    with _client(address) as client:
+    with connect(address) as client:
         talk(client, system, options)
 
 
@@ -219,11 +199,11 @@ def lookup(
     """
     from prefixcache.explain import around, sentence
 
-    text = _prompt(prompt, file)
-    with _client(address) as client:
+    text = read_prompt(prompt, file)
+    with connect(address) as client:
         found = client.lookup(text, namespace=namespace, timeout=timeout)
         if as_json:
-            _write_json(**dataclasses.asdict(found), explanation=sentence(found))
+            write_json(**dataclasses.asdict(found), explanation=sentence(found))
             return
         cached, total = found.cached_tokens, found.prompt_tokens
         typer.echo(f"{cached:,} of {total:,} prompt tokens are cached ({terminal.percent(cached, total)})")
@@ -243,11 +223,11 @@ def stats(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show what the cache holds and what it has saved."""
-    with _client(address) as client:
+    with connect(address) as client:
         if as_json:
             for _ in _ticks(interval, count if watch else 1):
                 snapshot = dataclasses.asdict(client.stats(timeout=timeout))
-                _write_json(**snapshot, address=address)
+                write_json(**snapshot, address=address)
         elif watch:
             _watch(client, interval, count, timeout)
         else:
@@ -286,49 +266,3 @@ def _ticks(interval: float, count: int | None) -> Iterator[None]:
         if count is not None and done >= count:
             return
         time.sleep(interval)
-
-
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    """Return the prompt from wherever it is, exactly as it is there."""
-    if (prompt is None) == (file is None):
-        raise typer.BadParameter("give the prompt as PROMPT, or - to read it from stdin, or with --file")
-    if prompt is not None and prompt != "-":
-        return prompt
-    data = sys.stdin.buffer.read() if file is None else file.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        where = "stdin" if file is None else str(file)
-        raise typer.BadParameter(f"{where} is not UTF-8 text: byte {error.start} cannot be read") from None
-
-
-@contextlib.contextmanager
-def _client(address: str) -> Iterator[Client]:
-    from prefixcache.client import Client
-
-    try:
-        with Client(address) as client:
-            yield client
-    except Unavailable:
-        if _answers(address):
-            raise
-        raise Unavailable(
-            f"no server answers at {address}: start one with `prefixcache serve`, or name another with --address"
-        ) from None
-
-
-def _answers(address: str) -> bool:
-    """Whether anything accepts connections at `address`; True if it is not a host and a port, so cannot be tried."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return True
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
-def _write_json(**fields: object) -> None:
-    typer.echo(json.dumps(fields, ensure_ascii=False))
-    sys.stdout.flush()

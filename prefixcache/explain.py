@@ -39,7 +39,13 @@ def phrase(miss: Miss) -> str:
             return "not said"
         case MissReason.NONE:
             return "all cached"
-        case MissReason.DIVERGED | MissReason.EVICTED | MissReason.INVALIDATED | MissReason.IN_FLIGHT:
+        case (
+            MissReason.DIVERGED
+            | MissReason.EVICTED
+            | MissReason.INVALIDATED
+            | MissReason.EXPIRED
+            | MissReason.IN_FLIGHT
+        ):
             return f"{label(miss.miss_reason)} at {miss.miss_position:,}"
         case reason:
             return label(reason)
@@ -68,6 +74,8 @@ def sentence(miss: Miss) -> str:
             return f"what follows {position} was cached, but has been evicted for lack of room"
         case MissReason.INVALIDATED:
             return f"what follows {position} was cached, but has been invalidated"
+        case MissReason.EXPIRED:
+            return f"what follows {position} was cached, but its time to live is over"
         case MissReason.TOO_SHORT:
             return "the prompt is a single token, and that one is always computed"
         case MissReason.IN_FLIGHT:

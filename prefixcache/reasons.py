@@ -24,3 +24,5 @@ class MissReason(StrEnum):
     """Another request is computing the next block right now."""
     BYPASSED = "bypassed"
     """The request asked for the cache not to be read."""
+    EXPIRED = "expired"
+    """The next block was cached and its time to live is over."""

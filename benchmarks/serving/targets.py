@@ -19,7 +19,8 @@ import grpc
 
 from benchmarks.serving import memory
 from benchmarks.serving.measure import Record
-from prefixcache.client import CHANNEL_OPTIONS, AsyncClient
+from prefixcache.channel import CHANNEL_OPTIONS
+from prefixcache.client import AsyncClient
 from prefixcache.errors import PrefixCacheError
 from prefixcache.local import LocalServer
 from prefixcache.v1 import generation_pb2, prompt_pb2

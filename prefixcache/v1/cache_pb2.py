@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from prefixcache.v1 import prompt_pb2 as prefixcache_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprefixcache/v1/cache.proto\x12\x0eprefixcache.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bprefixcache/v1/prompt.proto\"J\n\rLookupRequest\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\x12\x11\n\tnamespace\x18\x02 \x01(\t\"\xcb\x01\n\x0eLookupResponse\x12\x1a\n\rprompt_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12/\n\x0bmiss_reason\x18\x03 \x01(\x0e\x32\x1a.prefixcache.v1.MissReason\x12\x1a\n\rmiss_position\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x10\n\x0e_miss_position\"\x11\n\x0fGetStatsRequest\"\xc2\x02\n\x10GetStatsResponse\x12*\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x1a.prefixcache.v1.BlockStats\x12.\n\x08requests\x18\x02 \x01(\x0b\x32\x1c.prefixcache.v1.RequestStats\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.prefixcache.v1.TokenStats\x12G\n\x0cmiss_reasons\x18\x04 \x03(\x0b\x32\x31.prefixcache.v1.GetStatsResponse.MissReasonsEntry\x12)\n\x06uptime\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x32\n\x10MissReasonsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x87\x01\n\nBlockStats\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x03 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x04\x12\x0e\n\x06leased\x18\x05 \x01(\x04\x12\x0f\n\x07\x65victed\x18\x06 \x01(\x04\x12\x17\n\x0f\x62ytes_per_block\x18\x07 \x01(\x04\"\x87\x01\n\x0cRequestStats\x12\x0f\n\x07waiting\x18\x01 \x01(\x04\x12\x0f\n\x07running\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x64mitted\x18\x03 \x01(\x04\x12\x10\n\x08\x66inished\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x62orted\x18\x05 \x01(\x04\x12\x11\n\tpreempted\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\"e\n\nTokenStats\x12\x0e\n\x06prompt\x18\x01 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x04\x12\x10\n\x08\x63omputed\x18\x03 \x01(\x04\x12\x12\n\nrecomputed\x18\x04 \x01(\x04\x12\x11\n\tgenerated\x18\x05 \x01(\x04\x32\xa6\x01\n\x0c\x43\x61\x63heService\x12G\n\x06Lookup\x12\x1d.prefixcache.v1.LookupRequest\x1a\x1e.prefixcache.v1.LookupResponse\x12M\n\x08GetStats\x12\x1f.prefixcache.v1.GetStatsRequest\x1a .prefixcache.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aprefixcache/v1/cache.proto\x12\x0eprefixcache.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bprefixcache/v1/prompt.proto\"]\n\rLookupRequest\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x11\n\twith_text\x18\x03 \x01(\x08\"\xd5\x02\n\x0eLookupResponse\x12\x1a\n\rprompt_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12/\n\x0bmiss_reason\x18\x03 \x01(\x0e\x32\x1a.prefixcache.v1.MissReason\x12\x1a\n\rmiss_position\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x1f\n\x12\x61lternative_tokens\x18\x05 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04text\x18\x06 \x01(\tH\x04\x88\x01\x01\x12\x1e\n\x11\x63\x61\x63hed_characters\x18\x07 \x01(\rH\x05\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x10\n\x0e_miss_positionB\x15\n\x13_alternative_tokensB\x07\n\x05_textB\x14\n\x12_cached_characters\"n\n\x0bWarmRequest\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\x12\n\n\x02id\x18\x02 \x01(\t\x12+\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x1c.prefixcache.v1.CacheControl\"\xe1\x01\n\x0cWarmResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.prefixcache.v1.WarmState\x12\x1a\n\rprompt_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\r\n\x05\x65rror\x18\x06 \x01(\tB\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x12\n\x10_computed_tokens\"\x94\x01\n\nPinRequest\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0e\n\x06pin_id\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0b\x63\x61\x63hed_only\x18\x05 \x01(\x08\"\xd9\x01\n\x0bPinResponse\x12\x1a\n\rprompt_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rpinned_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rpinned_blocks\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1a\n\rbudget_blocks\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\nlimited_by\x18\x05 \x01(\tB\x10\n\x0e_prompt_tokensB\x10\n\x0e_pinned_tokensB\x10\n\x0e_pinned_blocksB\x10\n\x0e_budget_blocks\"1\n\x0cUnpinRequest\x12\x0e\n\x06pin_id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\"\x0f\n\rUnpinResponse\"\x11\n\x0fListPinsRequest\"\x91\x01\n\x10ListPinsResponse\x12!\n\x04pins\x18\x01 \x03(\x0b\x32\x13.prefixcache.v1.Pin\x12\x1a\n\rpinned_blocks\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\rbudget_blocks\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\x10\n\x0e_pinned_blocksB\x10\n\x0e_budget_blocks\"g\n\x03Pin\x12\x0e\n\x06pin_id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12-\n\nexpires_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x11\n\tnamespace\x18\x02 \x01(\t\"4\n\x12\x45ndSessionResponse\x12\x13\n\x06\x62locks\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_blocks\"\x9f\x01\n\x11InvalidateRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12(\n\x06prefix\x18\x02 \x01(\x0b\x32\x16.prefixcache.v1.PromptH\x00\x12\x14\n\nsession_id\x18\x03 \x01(\tH\x00\x12\x19\n\x0fwhole_namespace\x18\x04 \x01(\x08H\x00\x12\x14\n\neverything\x18\x05 \x01(\x08H\x00\x42\x06\n\x04what\"n\n\x12InvalidateResponse\x12\x19\n\x0c\x66reed_blocks\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\rin_use_blocks\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\x0f\n\r_freed_blocksB\x10\n\x0e_in_use_blocks\"\x11\n\x0fGetStatsRequest\"\xd4\x02\n\x10GetStatsResponse\x12*\n\x06\x62locks\x18\x01 \x01(\x0b\x32\x1a.prefixcache.v1.BlockStats\x12.\n\x08requests\x18\x02 \x01(\x0b\x32\x1c.prefixcache.v1.RequestStats\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.prefixcache.v1.TokenStats\x12G\n\x0cmiss_reasons\x18\x04 \x03(\x0b\x32\x31.prefixcache.v1.GetStatsResponse.MissReasonsEntry\x12)\n\x06uptime\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08sessions\x18\x06 \x01(\x04\x1a\x32\n\x10MissReasonsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xdb\x01\n\nBlockStats\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x03 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x04\x12\x0e\n\x06leased\x18\x05 \x01(\x04\x12\x0f\n\x07\x65victed\x18\x06 \x01(\x04\x12\x17\n\x0f\x62ytes_per_block\x18\x07 \x01(\x04\x12\x0e\n\x06pinned\x18\x08 \x01(\x04\x12\x0f\n\x07\x65xpired\x18\t \x01(\x04\x12\x13\n\x0binvalidated\x18\n \x01(\x04\x12\x12\n\x05quota\x18\x0b \x01(\x04H\x00\x88\x01\x01\x42\x08\n\x06_quota\"\x87\x01\n\x0cRequestStats\x12\x0f\n\x07waiting\x18\x01 \x01(\x04\x12\x0f\n\x07running\x18\x02 \x01(\x04\x12\x10\n\x08\x61\x64mitted\x18\x03 \x01(\x04\x12\x10\n\x08\x66inished\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x62orted\x18\x05 \x01(\x04\x12\x11\n\tpreempted\x18\x06 \x01(\x04\x12\r\n\x05steps\x18\x07 \x01(\x04\"e\n\nTokenStats\x12\x0e\n\x06prompt\x18\x01 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x04\x12\x10\n\x08\x63omputed\x18\x03 \x01(\x04\x12\x12\n\nrecomputed\x18\x04 \x01(\x04\x12\x11\n\tgenerated\x18\x05 \x01(\x04\"K\n\x12WatchEventsRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x15\n\x08sequence\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x0b\n\t_sequence\"\x8c\x02\n\x13WatchEventsResponse\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x30\n\x08snapshot\x18\x03 \x01(\x0b\x32\x1c.prefixcache.v1.BlocksStoredH\x00\x12\x33\n\x0csnapshot_end\x18\x04 \x01(\x0b\x32\x1b.prefixcache.v1.SnapshotEndH\x00\x12.\n\x06stored\x18\x05 \x01(\x0b\x32\x1c.prefixcache.v1.BlocksStoredH\x00\x12\x30\n\x07removed\x18\x06 \x01(\x0b\x32\x1d.prefixcache.v1.BlocksRemovedH\x00\x42\x07\n\x05\x65vent\"A\n\x0c\x42locksStored\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12\x0e\n\x06hashes\x18\x03 \x01(\x0c\"2\n\rBlocksRemoved\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\"\x1d\n\x0bSnapshotEnd\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"%\n\x13WatchPromptsRequest\x12\x0e\n\x06one_in\x18\x01 \x01(\r\"\x84\x01\n\x14WatchPromptsResponse\x12+\n\x06pieces\x18\x01 \x03(\x0b\x32\x1b.prefixcache.v1.PromptPiece\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"=\n\x0bPromptPiece\x12\x0c\n\x04hash\x18\x01 \x01(\x06\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\ncharacters\x18\x03 \x01(\r*n\n\tWarmState\x12\x1a\n\x16WARM_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11WARM_STATE_CACHED\x10\x01\x12\x17\n\x13WARM_STATE_COMPUTED\x10\x02\x12\x15\n\x11WARM_STATE_FAILED\x10\x03\x32\xa3\x06\n\x0c\x43\x61\x63heService\x12G\n\x06Lookup\x12\x1d.prefixcache.v1.LookupRequest\x1a\x1e.prefixcache.v1.LookupResponse\x12\x45\n\x04Warm\x12\x1b.prefixcache.v1.WarmRequest\x1a\x1c.prefixcache.v1.WarmResponse(\x01\x30\x01\x12>\n\x03Pin\x12\x1a.prefixcache.v1.PinRequest\x1a\x1b.prefixcache.v1.PinResponse\x12\x44\n\x05Unpin\x12\x1c.prefixcache.v1.UnpinRequest\x1a\x1d.prefixcache.v1.UnpinResponse\x12M\n\x08ListPins\x12\x1f.prefixcache.v1.ListPinsRequest\x1a .prefixcache.v1.ListPinsResponse\x12S\n\nEndSession\x12!.prefixcache.v1.EndSessionRequest\x1a\".prefixcache.v1.EndSessionResponse\x12S\n\nInvalidate\x12!.prefixcache.v1.InvalidateRequest\x1a\".prefixcache.v1.InvalidateResponse\x12M\n\x08GetStats\x12\x1f.prefixcache.v1.GetStatsRequest\x1a .prefixcache.v1.GetStatsResponse\x12X\n\x0bWatchEvents\x12\".prefixcache.v1.WatchEventsRequest\x1a#.prefixcache.v1.WatchEventsResponse0\x01\x12[\n\x0cWatchPrompts\x12#.prefixcache.v1.WatchPromptsRequest\x1a$.prefixcache.v1.WatchPromptsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,22 +35,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSTATSRESPONSE_MISSREASONSENTRY']._loaded_options = None
   _globals['_GETSTATSRESPONSE_MISSREASONSENTRY']._serialized_options = b'8\001'
+  _globals['_WARMSTATE']._serialized_start=3545
+  _globals['_WARMSTATE']._serialized_end=3655
   _globals['_LOOKUPREQUEST']._serialized_start=107
-  _globals['_LOOKUPREQUEST']._serialized_end=181
-  _globals['_LOOKUPRESPONSE']._serialized_start=184
-  _globals['_LOOKUPRESPONSE']._serialized_end=387
-  _globals['_GETSTATSREQUEST']._serialized_start=389
-  _globals['_GETSTATSREQUEST']._serialized_end=406
-  _globals['_GETSTATSRESPONSE']._serialized_start=409
-  _globals['_GETSTATSRESPONSE']._serialized_end=731
-  _globals['_GETSTATSRESPONSE_MISSREASONSENTRY']._serialized_start=681
-  _globals['_GETSTATSRESPONSE_MISSREASONSENTRY']._serialized_end=731
-  _globals['_BLOCKSTATS']._serialized_start=734
-  _globals['_BLOCKSTATS']._serialized_end=869
-  _globals['_REQUESTSTATS']._serialized_start=872
-  _globals['_REQUESTSTATS']._serialized_end=1007
-  _globals['_TOKENSTATS']._serialized_start=1009
-  _globals['_TOKENSTATS']._serialized_end=1110
-  _globals['_CACHESERVICE']._serialized_start=1113
-  _globals['_CACHESERVICE']._serialized_end=1279
+  _globals['_LOOKUPREQUEST']._serialized_end=200
+  _globals['_LOOKUPRESPONSE']._serialized_start=203
+  _globals['_LOOKUPRESPONSE']._serialized_end=544
+  _globals['_WARMREQUEST']._serialized_start=546
+  _globals['_WARMREQUEST']._serialized_end=656
+  _globals['_WARMRESPONSE']._serialized_start=659
+  _globals['_WARMRESPONSE']._serialized_end=884
+  _globals['_PINREQUEST']._serialized_start=887
+  _globals['_PINREQUEST']._serialized_end=1035
+  _globals['_PINRESPONSE']._serialized_start=1038
+  _globals['_PINRESPONSE']._serialized_end=1255
+  _globals['_UNPINREQUEST']._serialized_start=1257
+  _globals['_UNPINREQUEST']._serialized_end=1306
+  _globals['_UNPINRESPONSE']._serialized_start=1308
+  _globals['_UNPINRESPONSE']._serialized_end=1323
+  _globals['_LISTPINSREQUEST']._serialized_start=1325
+  _globals['_LISTPINSREQUEST']._serialized_end=1342
+  _globals['_LISTPINSRESPONSE']._serialized_start=1345
+  _globals['_LISTPINSRESPONSE']._serialized_end=1490
+  _globals['_PIN']._serialized_start=1492
+  _globals['_PIN']._serialized_end=1595
+  _globals['_ENDSESSIONREQUEST']._serialized_start=1597
+  _globals['_ENDSESSIONREQUEST']._serialized_end=1655
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=1657
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=1709
+  _globals['_INVALIDATEREQUEST']._serialized_start=1712
+  _globals['_INVALIDATEREQUEST']._serialized_end=1871
+  _globals['_INVALIDATERESPONSE']._serialized_start=1873
+  _globals['_INVALIDATERESPONSE']._serialized_end=1983
+  _globals['_GETSTATSREQUEST']._serialized_start=1985
+  _globals['_GETSTATSREQUEST']._serialized_end=2002
+  _globals['_GETSTATSRESPONSE']._serialized_start=2005
+  _globals['_GETSTATSRESPONSE']._serialized_end=2345
+  _globals['_GETSTATSRESPONSE_MISSREASONSENTRY']._serialized_start=2295
+  _globals['_GETSTATSRESPONSE_MISSREASONSENTRY']._serialized_end=2345
+  _globals['_BLOCKSTATS']._serialized_start=2348
+  _globals['_BLOCKSTATS']._serialized_end=2567
+  _globals['_REQUESTSTATS']._serialized_start=2570
+  _globals['_REQUESTSTATS']._serialized_end=2705
+  _globals['_TOKENSTATS']._serialized_start=2707
+  _globals['_TOKENSTATS']._serialized_end=2808
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2810
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=2885
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2888
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=3156
+  _globals['_BLOCKSSTORED']._serialized_start=3158
+  _globals['_BLOCKSSTORED']._serialized_end=3223
+  _globals['_BLOCKSREMOVED']._serialized_start=3225
+  _globals['_BLOCKSREMOVED']._serialized_end=3275
+  _globals['_SNAPSHOTEND']._serialized_start=3277
+  _globals['_SNAPSHOTEND']._serialized_end=3306
+  _globals['_WATCHPROMPTSREQUEST']._serialized_start=3308
+  _globals['_WATCHPROMPTSREQUEST']._serialized_end=3345
+  _globals['_WATCHPROMPTSRESPONSE']._serialized_start=3348
+  _globals['_WATCHPROMPTSRESPONSE']._serialized_end=3480
+  _globals['_PROMPTPIECE']._serialized_start=3482
+  _globals['_PROMPTPIECE']._serialized_end=3543
+  _globals['_CACHESERVICE']._serialized_start=3658
+  _globals['_CACHESERVICE']._serialized_end=4461
 # @@protoc_insertion_point(module_scope)

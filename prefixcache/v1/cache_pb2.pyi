@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from prefixcache.v1 import prompt_pb2 as _prompt_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _WarmState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WarmStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WarmState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WARM_STATE_UNSPECIFIED: _WarmState.ValueType  # 0
+    """Not said."""
+    WARM_STATE_CACHED: _WarmState.ValueType  # 1
+    """It was cached already."""
+    WARM_STATE_COMPUTED: _WarmState.ValueType  # 2
+    """It has been computed and is cached."""
+    WARM_STATE_FAILED: _WarmState.ValueType  # 3
+    """It could not be cached, or not all of it; see `error`."""
+
+class WarmState(_WarmState, metaclass=_WarmStateEnumTypeWrapper):
+    """What became of a prompt."""
+
+WARM_STATE_UNSPECIFIED: WarmState.ValueType  # 0
+"""Not said."""
+WARM_STATE_CACHED: WarmState.ValueType  # 1
+"""It was cached already."""
+WARM_STATE_COMPUTED: WarmState.ValueType  # 2
+"""It has been computed and is cached."""
+WARM_STATE_FAILED: WarmState.ValueType  # 3
+"""It could not be cached, or not all of it; see `error`."""
+Global___WarmState: _TypeAlias = WarmState  # noqa: Y015
+
 @_typing.final
 class LookupRequest(_message.Message):
     """A prompt to look up."""
@@ -28,8 +57,11 @@ class LookupRequest(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    WITH_TEXT_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """A namespace below the caller's own, as in CacheControl."""
+    with_text: _builtins.bool
+    """Return the text that the model would read and where in it the cached part ends."""
     @_builtins.property
     def prompt(self) -> _prompt_pb2.Prompt:
         """The prompt; required."""
@@ -39,10 +71,11 @@ class LookupRequest(_message.Message):
         *,
         prompt: _prompt_pb2.Prompt | None = ...,
         namespace: _builtins.str = ...,
+        with_text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "prompt", b"prompt", "with_text", b"with_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -58,6 +91,9 @@ class LookupResponse(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     MISS_REASON_FIELD_NUMBER: _builtins.int
     MISS_POSITION_FIELD_NUMBER: _builtins.int
+    ALTERNATIVE_TOKENS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CACHED_CHARACTERS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt in tokens."""
     cached_tokens: _builtins.int
@@ -66,6 +102,16 @@ class LookupResponse(_message.Message):
     """Why not more."""
     miss_position: _builtins.int
     """Position (in tokens) at which the prompt leaves the cached path."""
+    alternative_tokens: _builtins.int
+    """If it diverges: length (in tokens) of the nearest cached prompt, the one it
+    agrees with up to miss_position.
+    """
+    text: _builtins.str
+    """With with_text: the text of the prompt as the model reads it, with the chat
+    template applied.
+    """
+    cached_characters: _builtins.int
+    """With with_text: how many characters (Unicode code points) of it are cached."""
     def __init__(
         self,
         *,
@@ -73,25 +119,495 @@ class LookupResponse(_message.Message):
         cached_tokens: _builtins.int | None = ...,
         miss_reason: _prompt_pb2.MissReason.ValueType = ...,
         miss_position: _builtins.int | None = ...,
+        alternative_tokens: _builtins.int | None = ...,
+        text: _builtins.str | None = ...,
+        cached_characters: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_characters", b"_cached_characters", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "_text", b"_text", "alternative_tokens", b"alternative_tokens", "cached_characters", b"cached_characters", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "prompt_tokens", b"prompt_tokens", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "miss_reason", b"miss_reason", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_characters", b"_cached_characters", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "_text", b"_text", "alternative_tokens", b"alternative_tokens", "cached_characters", b"cached_characters", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "miss_reason", b"miss_reason", "prompt_tokens", b"prompt_tokens", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alternative_tokens: _TypeAlias = _typing.Literal["alternative_tokens"]  # noqa: Y015
+    _WhichOneofArgType__alternative_tokens: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__cached_characters: _TypeAlias = _typing.Literal["cached_characters"]  # noqa: Y015
+    _WhichOneofArgType__cached_characters: _TypeAlias = _typing.Literal["_cached_characters", b"_cached_characters"]  # noqa: Y015
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__miss_position: _TypeAlias = _typing.Literal["miss_position"]  # noqa: Y015
     _WhichOneofArgType__miss_position: _TypeAlias = _typing.Literal["_miss_position", b"_miss_position"]  # noqa: Y015
     _WhichOneofReturnType__prompt_tokens: _TypeAlias = _typing.Literal["prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alternative_tokens) -> _WhichOneofReturnType__alternative_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_characters) -> _WhichOneofReturnType__cached_characters | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__miss_position) -> _WhichOneofReturnType__miss_position | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens) -> _WhichOneofReturnType__prompt_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
 
 Global___LookupResponse: _TypeAlias = LookupResponse  # noqa: Y015
+
+@_typing.final
+class WarmRequest(_message.Message):
+    """One prompt to compute ahead of time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """A name for it in the response. The position in the stream, from 0, when empty;
+    at most 128 bytes.
+    """
+    @_builtins.property
+    def prompt(self) -> _prompt_pb2.Prompt:
+        """The prompt; required."""
+
+    @_builtins.property
+    def cache(self) -> _prompt_pb2.CacheControl:
+        """Where and how long it is kept, as for a request that reads and stores. read,
+        store, keep_for and end_session_on_disconnect have no meaning here.
+        """
+
+    def __init__(
+        self,
+        *,
+        prompt: _prompt_pb2.Prompt | None = ...,
+        id: _builtins.str = ...,
+        cache: _prompt_pb2.CacheControl | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "id", b"id", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmRequest: _TypeAlias = WarmRequest  # noqa: Y015
+
+@_typing.final
+class WarmResponse(_message.Message):
+    """One prompt is done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its name, as given."""
+    state: Global___WarmState.ValueType
+    """What became of it."""
+    prompt_tokens: _builtins.int
+    """Length of the prompt in tokens, if it could be read."""
+    cached_tokens: _builtins.int
+    """How many of them were cached before."""
+    computed_tokens: _builtins.int
+    """How many have been computed."""
+    error: _builtins.str
+    """Why it failed."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        state: Global___WarmState.ValueType = ...,
+        prompt_tokens: _builtins.int | None = ...,
+        cached_tokens: _builtins.int | None = ...,
+        computed_tokens: _builtins.int | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "error", b"error", "id", b"id", "prompt_tokens", b"prompt_tokens", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__computed_tokens: _TypeAlias = _typing.Literal["computed_tokens"]  # noqa: Y015
+    _WhichOneofArgType__computed_tokens: _TypeAlias = _typing.Literal["_computed_tokens", b"_computed_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_tokens: _TypeAlias = _typing.Literal["prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__computed_tokens) -> _WhichOneofReturnType__computed_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens) -> _WhichOneofReturnType__prompt_tokens | None: ...
+
+Global___WarmResponse: _TypeAlias = WarmResponse  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """A prompt to pin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    PIN_ID_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    CACHED_ONLY_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """A namespace below the caller's own, as in CacheControl."""
+    pin_id: _builtins.str
+    """A name for the pin, required, at most 128 bytes; unique within the namespace.
+    The same call again changes nothing but the time; with another prompt, the pin
+    moves to that.
+    """
+    cached_only: _builtins.bool
+    """Pin only what is cached already; compute nothing."""
+    @_builtins.property
+    def prompt(self) -> _prompt_pb2.Prompt:
+        """The prompt; required."""
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long the pin holds, from now; until Unpin when absent. Above 0."""
+
+    def __init__(
+        self,
+        *,
+        prompt: _prompt_pb2.Prompt | None = ...,
+        namespace: _builtins.str = ...,
+        pin_id: _builtins.str = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        cached_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "namespace", b"namespace", "pin_id", b"pin_id", "prompt", b"prompt", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinResponse(_message.Message):
+    """What has been pinned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PINNED_TOKENS_FIELD_NUMBER: _builtins.int
+    PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    BUDGET_BLOCKS_FIELD_NUMBER: _builtins.int
+    LIMITED_BY_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Length of the prompt in tokens."""
+    pinned_tokens: _builtins.int
+    """How many of them are pinned: whole blocks from the beginning."""
+    pinned_blocks: _builtins.int
+    """Blocks that the caller's pins hold in all."""
+    budget_blocks: _builtins.int
+    """Blocks that they may hold."""
+    limited_by: _builtins.str
+    """Why not more is pinned, in words; empty if all whole blocks are."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int | None = ...,
+        pinned_tokens: _builtins.int | None = ...,
+        pinned_blocks: _builtins.int | None = ...,
+        budget_blocks: _builtins.int | None = ...,
+        limited_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_blocks", b"_budget_blocks", "_pinned_blocks", b"_pinned_blocks", "_pinned_tokens", b"_pinned_tokens", "_prompt_tokens", b"_prompt_tokens", "budget_blocks", b"budget_blocks", "pinned_blocks", b"pinned_blocks", "pinned_tokens", b"pinned_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_blocks", b"_budget_blocks", "_pinned_blocks", b"_pinned_blocks", "_pinned_tokens", b"_pinned_tokens", "_prompt_tokens", b"_prompt_tokens", "budget_blocks", b"budget_blocks", "limited_by", b"limited_by", "pinned_blocks", b"pinned_blocks", "pinned_tokens", b"pinned_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget_blocks: _TypeAlias = _typing.Literal["budget_blocks"]  # noqa: Y015
+    _WhichOneofArgType__budget_blocks: _TypeAlias = _typing.Literal["_budget_blocks", b"_budget_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__pinned_blocks: _TypeAlias = _typing.Literal["pinned_blocks"]  # noqa: Y015
+    _WhichOneofArgType__pinned_blocks: _TypeAlias = _typing.Literal["_pinned_blocks", b"_pinned_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__pinned_tokens: _TypeAlias = _typing.Literal["pinned_tokens"]  # noqa: Y015
+    _WhichOneofArgType__pinned_tokens: _TypeAlias = _typing.Literal["_pinned_tokens", b"_pinned_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_tokens: _TypeAlias = _typing.Literal["prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_blocks) -> _WhichOneofReturnType__budget_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_blocks) -> _WhichOneofReturnType__pinned_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_tokens) -> _WhichOneofReturnType__pinned_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens) -> _WhichOneofReturnType__prompt_tokens | None: ...
+
+Global___PinResponse: _TypeAlias = PinResponse  # noqa: Y015
+
+@_typing.final
+class UnpinRequest(_message.Message):
+    """A pin to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    pin_id: _builtins.str
+    """Its name; required."""
+    namespace: _builtins.str
+    """Its namespace."""
+    def __init__(
+        self,
+        *,
+        pin_id: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "pin_id", b"pin_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinRequest: _TypeAlias = UnpinRequest  # noqa: Y015
+
+@_typing.final
+class UnpinResponse(_message.Message):
+    """The pin has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
+
+@_typing.final
+class ListPinsRequest(_message.Message):
+    """Asks for the caller's pins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPinsRequest: _TypeAlias = ListPinsRequest  # noqa: Y015
+
+@_typing.final
+class ListPinsResponse(_message.Message):
+    """The caller's pins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PINS_FIELD_NUMBER: _builtins.int
+    PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    BUDGET_BLOCKS_FIELD_NUMBER: _builtins.int
+    pinned_blocks: _builtins.int
+    """Blocks that they hold together; shared ones count once."""
+    budget_blocks: _builtins.int
+    """Blocks that they may hold."""
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """In order of their making."""
+
+    def __init__(
+        self,
+        *,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+        pinned_blocks: _builtins.int | None = ...,
+        budget_blocks: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_blocks", b"_budget_blocks", "_pinned_blocks", b"_pinned_blocks", "budget_blocks", b"budget_blocks", "pinned_blocks", b"pinned_blocks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_blocks", b"_budget_blocks", "_pinned_blocks", b"_pinned_blocks", "budget_blocks", b"budget_blocks", "pinned_blocks", b"pinned_blocks", "pins", b"pins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget_blocks: _TypeAlias = _typing.Literal["budget_blocks"]  # noqa: Y015
+    _WhichOneofArgType__budget_blocks: _TypeAlias = _typing.Literal["_budget_blocks", b"_budget_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__pinned_blocks: _TypeAlias = _typing.Literal["pinned_blocks"]  # noqa: Y015
+    _WhichOneofArgType__pinned_blocks: _TypeAlias = _typing.Literal["_pinned_blocks", b"_pinned_blocks"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_blocks) -> _WhichOneofReturnType__budget_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned_blocks) -> _WhichOneofReturnType__pinned_blocks | None: ...
+
+Global___ListPinsResponse: _TypeAlias = ListPinsResponse  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    """A pin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    EXPIRES_IN_FIELD_NUMBER: _builtins.int
+    pin_id: _builtins.str
+    """Its name."""
+    namespace: _builtins.str
+    """Its namespace."""
+    tokens: _builtins.int
+    """Tokens it holds."""
+    @_builtins.property
+    def expires_in(self) -> _duration_pb2.Duration:
+        """How long it still holds; absent if until Unpin."""
+
+    def __init__(
+        self,
+        *,
+        pin_id: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        expires_in: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_in", b"expires_in"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_in", b"expires_in", "namespace", b"namespace", "pin_id", b"pin_id", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class EndSessionRequest(_message.Message):
+    """A session to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Its name; required."""
+    namespace: _builtins.str
+    """Its namespace."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionRequest: _TypeAlias = EndSessionRequest  # noqa: Y015
+
+@_typing.final
+class EndSessionResponse(_message.Message):
+    """The session has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """Blocks that only this session had used, which are given up first now."""
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_blocks", b"_blocks", "blocks", b"blocks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blocks", b"_blocks", "blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__blocks: _TypeAlias = _typing.Literal["blocks"]  # noqa: Y015
+    _WhichOneofArgType__blocks: _TypeAlias = _typing.Literal["_blocks", b"_blocks"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__blocks) -> _WhichOneofReturnType__blocks | None: ...
+
+Global___EndSessionResponse: _TypeAlias = EndSessionResponse  # noqa: Y015
+
+@_typing.final
+class InvalidateRequest(_message.Message):
+    """What to forget; exactly one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    WHOLE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    EVERYTHING_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """A namespace below the caller's own, as in CacheControl; for `prefix`,
+    `session_id` and `namespace`.
+    """
+    session_id: _builtins.str
+    """What only this session has used."""
+    whole_namespace: _builtins.bool
+    """All of the namespace (true)."""
+    everything: _builtins.bool
+    """All namespaces of the caller (true)."""
+    @_builtins.property
+    def prefix(self) -> _prompt_pb2.Prompt:
+        """Everything that begins with this prompt. A prompt that is text or token ids
+        is compared token by token; of messages, leave add_generation_prompt false.
+        """
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        prefix: _prompt_pb2.Prompt | None = ...,
+        session_id: _builtins.str = ...,
+        whole_namespace: _builtins.bool = ...,
+        everything: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["everything", b"everything", "prefix", b"prefix", "session_id", b"session_id", "what", b"what", "whole_namespace", b"whole_namespace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["everything", b"everything", "namespace", b"namespace", "prefix", b"prefix", "session_id", b"session_id", "what", b"what", "whole_namespace", b"whole_namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["prefix", "session_id", "whole_namespace", "everything"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___InvalidateRequest: _TypeAlias = InvalidateRequest  # noqa: Y015
+
+@_typing.final
+class InvalidateResponse(_message.Message):
+    """What has been forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREED_BLOCKS_FIELD_NUMBER: _builtins.int
+    IN_USE_BLOCKS_FIELD_NUMBER: _builtins.int
+    freed_blocks: _builtins.int
+    """Blocks that are free now."""
+    in_use_blocks: _builtins.int
+    """Blocks that running requests still use; they are free when those end, and are
+    not reused by others.
+    """
+    def __init__(
+        self,
+        *,
+        freed_blocks: _builtins.int | None = ...,
+        in_use_blocks: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_freed_blocks", b"_freed_blocks", "_in_use_blocks", b"_in_use_blocks", "freed_blocks", b"freed_blocks", "in_use_blocks", b"in_use_blocks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_freed_blocks", b"_freed_blocks", "_in_use_blocks", b"_in_use_blocks", "freed_blocks", b"freed_blocks", "in_use_blocks", b"in_use_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__freed_blocks: _TypeAlias = _typing.Literal["freed_blocks"]  # noqa: Y015
+    _WhichOneofArgType__freed_blocks: _TypeAlias = _typing.Literal["_freed_blocks", b"_freed_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__in_use_blocks: _TypeAlias = _typing.Literal["in_use_blocks"]  # noqa: Y015
+    _WhichOneofArgType__in_use_blocks: _TypeAlias = _typing.Literal["_in_use_blocks", b"_in_use_blocks"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__freed_blocks) -> _WhichOneofReturnType__freed_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__in_use_blocks) -> _WhichOneofReturnType__in_use_blocks | None: ...
+
+Global___InvalidateResponse: _TypeAlias = InvalidateResponse  # noqa: Y015
 
 @_typing.final
 class GetStatsRequest(_message.Message):
@@ -141,6 +657,9 @@ class GetStatsResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     MISS_REASONS_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    sessions: _builtins.int
+    """Sessions that have not ended."""
     @_builtins.property
     def blocks(self) -> Global___BlockStats:
         """Blocks."""
@@ -172,10 +691,11 @@ class GetStatsResponse(_message.Message):
         tokens: Global___TokenStats | None = ...,
         miss_reasons: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         uptime: _duration_pb2.Duration | None = ...,
+        sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "requests", b"requests", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "miss_reasons", b"miss_reasons", "requests", b"requests", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "miss_reasons", b"miss_reasons", "requests", b"requests", "sessions", b"sessions", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -183,7 +703,9 @@ Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
 
 @_typing.final
 class BlockStats(_message.Message):
-    """The block pool. free + cached + leased = total."""
+    """The block pool. free + cached + pinned + leased = total. A caller who is a tenant
+    among others sees its own blocks only: `total` is the sum of its own, `free` is 0.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -194,6 +716,10 @@ class BlockStats(_message.Message):
     LEASED_FIELD_NUMBER: _builtins.int
     EVICTED_FIELD_NUMBER: _builtins.int
     BYTES_PER_BLOCK_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    EXPIRED_FIELD_NUMBER: _builtins.int
+    INVALIDATED_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     block_size: _builtins.int
     """Tokens per block."""
     total: _builtins.int
@@ -208,6 +734,14 @@ class BlockStats(_message.Message):
     """Blocks evicted so far."""
     bytes_per_block: _builtins.int
     """Bytes of one block over all layers."""
+    pinned: _builtins.int
+    """Blocks that are held by pins and used by no running request."""
+    expired: _builtins.int
+    """Blocks removed because their time to live was over, so far."""
+    invalidated: _builtins.int
+    """Blocks removed on request, so far."""
+    quota: _builtins.int
+    """Blocks that the caller may have cached; absent if there is no limit but `total`."""
     def __init__(
         self,
         *,
@@ -218,12 +752,18 @@ class BlockStats(_message.Message):
         leased: _builtins.int = ...,
         evicted: _builtins.int = ...,
         bytes_per_block: _builtins.int = ...,
+        pinned: _builtins.int = ...,
+        expired: _builtins.int = ...,
+        invalidated: _builtins.int = ...,
+        quota: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_quota", b"_quota", "quota", b"quota"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "bytes_per_block", b"bytes_per_block", "cached", b"cached", "evicted", b"evicted", "free", b"free", "leased", b"leased", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quota", b"_quota", "block_size", b"block_size", "bytes_per_block", b"bytes_per_block", "cached", b"cached", "evicted", b"evicted", "expired", b"expired", "free", b"free", "invalidated", b"invalidated", "leased", b"leased", "pinned", b"pinned", "quota", b"quota", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__quota: _TypeAlias = _typing.Literal["quota"]  # noqa: Y015
+    _WhichOneofArgType__quota: _TypeAlias = _typing.Literal["_quota", b"_quota"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quota) -> _WhichOneofReturnType__quota | None: ...
 
 Global___BlockStats: _TypeAlias = BlockStats  # noqa: Y015
 
@@ -310,3 +850,257 @@ class TokenStats(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenStats: _TypeAlias = TokenStats  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    """Asks for events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.str
+    """Where to go on: the `stream_id` and the `sequence` of the last event received.
+    Both absent: begin with a snapshot.
+    """
+    sequence: _builtins.int
+    """See stream_id."""
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.str = ...,
+        sequence: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence", "stream_id", b"stream_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
+    _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    """One event. Hashes are 16 bytes each and name a block by all tokens up to its end,
+    its namespace and the model; they are joined in one field.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_END_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    stream_id: _builtins.str
+    """Names this numbering; another one after a restart of the server."""
+    sequence: _builtins.int
+    """Number of the event; each is one more than the one before. Events of the snapshot
+    all have the number of the last change they contain.
+    """
+    @_builtins.property
+    def snapshot(self) -> Global___BlocksStored:
+        """Blocks that were stored before the call; parents first."""
+
+    @_builtins.property
+    def snapshot_end(self) -> Global___SnapshotEnd:
+        """The snapshot is complete."""
+
+    @_builtins.property
+    def stored(self) -> Global___BlocksStored:
+        """Blocks have been stored."""
+
+    @_builtins.property
+    def removed(self) -> Global___BlocksRemoved:
+        """Blocks have been removed."""
+
+    def __init__(
+        self,
+        *,
+        stream_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        snapshot: Global___BlocksStored | None = ...,
+        snapshot_end: Global___SnapshotEnd | None = ...,
+        stored: Global___BlocksStored | None = ...,
+        removed: Global___BlocksRemoved | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed", b"removed", "snapshot", b"snapshot", "snapshot_end", b"snapshot_end", "stored", b"stored"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed", b"removed", "sequence", b"sequence", "snapshot", b"snapshot", "snapshot_end", b"snapshot_end", "stored", b"stored", "stream_id", b"stream_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["snapshot", "snapshot_end", "stored", "removed"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
+class BlocksStored(_message.Message):
+    """Blocks that can be reused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    HASHES_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace below the caller's own."""
+    parent: _builtins.bytes
+    """Hash of the block before the first; of a beginning, what its chain starts from."""
+    hashes: _builtins.bytes
+    """Hashes of consecutive blocks."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        parent: _builtins.bytes = ...,
+        hashes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes", "namespace", b"namespace", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlocksStored: _TypeAlias = BlocksStored  # noqa: Y015
+
+@_typing.final
+class BlocksRemoved(_message.Message):
+    """Blocks that can no longer be reused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    HASHES_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace below the caller's own."""
+    hashes: _builtins.bytes
+    """Hashes; the deepest block comes first."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        hashes: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlocksRemoved: _TypeAlias = BlocksRemoved  # noqa: Y015
+
+@_typing.final
+class SnapshotEnd(_message.Message):
+    """The end of a snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """Blocks that it named."""
+    def __init__(
+        self,
+        *,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotEnd: _TypeAlias = SnapshotEnd  # noqa: Y015
+
+@_typing.final
+class WatchPromptsRequest(_message.Message):
+    """Asks for the shapes of prompts from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ONE_IN_FIELD_NUMBER: _builtins.int
+    one_in: _builtins.int
+    """Report one in so many prompts; all when 0."""
+    def __init__(
+        self,
+        *,
+        one_in: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["one_in", b"one_in"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPromptsRequest: _TypeAlias = WatchPromptsRequest  # noqa: Y015
+
+@_typing.final
+class WatchPromptsResponse(_message.Message):
+    """The shape of one prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECES_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace below the caller's own."""
+    prompt_tokens: _builtins.int
+    """Length of the prompt in tokens."""
+    cached_tokens: _builtins.int
+    """How many of them were cached when it arrived."""
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptPiece]:
+        """Pieces of the prompt in order."""
+
+    def __init__(
+        self,
+        *,
+        pieces: _abc.Iterable[Global___PromptPiece] | None = ...,
+        namespace: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "namespace", b"namespace", "pieces", b"pieces", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPromptsResponse: _TypeAlias = WatchPromptsResponse  # noqa: Y015
+
+@_typing.final
+class PromptPiece(_message.Message):
+    """A piece of a prompt: a word, a number, a run of spaces, a timestamp, ..."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASH_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CHARACTERS_FIELD_NUMBER: _builtins.int
+    hash: _builtins.int
+    """A hash of its text under a key that lives as long as the server; equal text,
+    equal hash.
+    """
+    kind: _builtins.str
+    """What it looks like, such as "word", "space", "date", "time", "uuid"."""
+    characters: _builtins.int
+    """Its length in characters."""
+    def __init__(
+        self,
+        *,
+        hash: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        characters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["characters", b"characters", "hash", b"hash", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptPiece: _TypeAlias = PromptPiece  # noqa: Y015

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class CacheServiceStub:
-    """A view of the prefix cache.
+    """Looks into the prefix cache, and steers it. Where callers are authenticated, each
+    sees and changes only what is its own.
     """
 
     def __init__(self, channel):
@@ -40,15 +41,56 @@ class CacheServiceStub:
                 request_serializer=prefixcache_dot_v1_dot_cache__pb2.LookupRequest.SerializeToString,
                 response_deserializer=prefixcache_dot_v1_dot_cache__pb2.LookupResponse.FromString,
                 _registered_method=True)
+        self.Warm = channel.stream_stream(
+                '/prefixcache.v1.CacheService/Warm',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.WarmRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.WarmResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/prefixcache.v1.CacheService/Pin',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.PinRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/prefixcache.v1.CacheService/Unpin',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/prefixcache.v1.CacheService/ListPins',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/prefixcache.v1.CacheService/EndSession',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
+        self.Invalidate = channel.unary_unary(
+                '/prefixcache.v1.CacheService/Invalidate',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.InvalidateRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.InvalidateResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/prefixcache.v1.CacheService/GetStats',
                 request_serializer=prefixcache_dot_v1_dot_cache__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=prefixcache_dot_v1_dot_cache__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/prefixcache.v1.CacheService/WatchEvents',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
+        self.WatchPrompts = channel.unary_stream(
+                '/prefixcache.v1.CacheService/WatchPrompts',
+                request_serializer=prefixcache_dot_v1_dot_cache__pb2.WatchPromptsRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_cache__pb2.WatchPromptsResponse.FromString,
+                _registered_method=True)
 
 
 class CacheServiceServicer:
-    """A view of the prefix cache.
+    """Looks into the prefix cache, and steers it. Where callers are authenticated, each
+    sees and changes only what is its own.
     """
 
     def Lookup(self, request, context):
@@ -59,8 +101,74 @@ class CacheServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Warm(self, request_iterator, context):
+        """Computes prompts ahead of time, so that requests find them in the cache. Live
+        requests go first. One response per prompt, in the order in which they are
+        done; the same prompt again costs nothing, so a call that was cut off can
+        simply be made again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Keeps a prompt's blocks from being evicted until a time or an Unpin. What is
+        not cached is computed first. If the budget for pins does not suffice, as much
+        of the beginning is pinned as it allows, and the response says so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends a pin. NOT_FOUND: there is no pin of that id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """Lists the caller's pins.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Ends a session: blocks that only it has used are evicted before all others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Invalidate(self, request, context):
+        """Forgets what begins with a prompt, what one session stored, a namespace, or
+        everything of the caller's. From the moment of the call nothing of it is reused;
+        running requests finish with what they have.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Returns sizes and counters.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """Streams what is stored in the cache and what is removed: first a snapshot, then
+        every change. OUT_OF_RANGE: the events to resume from are gone, or the caller
+        reads too slowly; call again for a snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPrompts(self, request, context):
+        """Streams the shapes of prompts as they arrive: hashes and kinds of their pieces,
+        never their text. `prefixcache doctor --follow` reads it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,10 +182,50 @@ def add_CacheServiceServicer_to_server(servicer, server):
                     request_deserializer=prefixcache_dot_v1_dot_cache__pb2.LookupRequest.FromString,
                     response_serializer=prefixcache_dot_v1_dot_cache__pb2.LookupResponse.SerializeToString,
             ),
+            'Warm': grpc.stream_stream_rpc_method_handler(
+                    servicer.Warm,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.WarmRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.WarmResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.PinRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.UnpinRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.UnpinResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.ListPinsRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.ListPinsResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.EndSessionRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.EndSessionResponse.SerializeToString,
+            ),
+            'Invalidate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Invalidate,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.InvalidateRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.InvalidateResponse.SerializeToString,
+            ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
                     request_deserializer=prefixcache_dot_v1_dot_cache__pb2.GetStatsRequest.FromString,
                     response_serializer=prefixcache_dot_v1_dot_cache__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.WatchEventsRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'WatchPrompts': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPrompts,
+                    request_deserializer=prefixcache_dot_v1_dot_cache__pb2.WatchPromptsRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_cache__pb2.WatchPromptsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,7 +236,8 @@ def add_CacheServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CacheService:
-    """A view of the prefix cache.
+    """Looks into the prefix cache, and steers it. Where callers are authenticated, each
+    sees and changes only what is its own.
     """
 
     @staticmethod
@@ -119,6 +268,168 @@ class CacheService:
             _registered_method=True)
 
     @staticmethod
+    def Warm(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/prefixcache.v1.CacheService/Warm',
+            prefixcache_dot_v1_dot_cache__pb2.WarmRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.WarmResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/Pin',
+            prefixcache_dot_v1_dot_cache__pb2.PinRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/Unpin',
+            prefixcache_dot_v1_dot_cache__pb2.UnpinRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/ListPins',
+            prefixcache_dot_v1_dot_cache__pb2.ListPinsRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.ListPinsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/EndSession',
+            prefixcache_dot_v1_dot_cache__pb2.EndSessionRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.EndSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Invalidate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/Invalidate',
+            prefixcache_dot_v1_dot_cache__pb2.InvalidateRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.InvalidateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetStats(request,
             target,
             options=(),
@@ -135,6 +446,60 @@ class CacheService:
             '/prefixcache.v1.CacheService/GetStats',
             prefixcache_dot_v1_dot_cache__pb2.GetStatsRequest.SerializeToString,
             prefixcache_dot_v1_dot_cache__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/WatchEvents',
+            prefixcache_dot_v1_dot_cache__pb2.WatchEventsRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prefixcache.v1.CacheService/WatchPrompts',
+            prefixcache_dot_v1_dot_cache__pb2.WatchPromptsRequest.SerializeToString,
+            prefixcache_dot_v1_dot_cache__pb2.WatchPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

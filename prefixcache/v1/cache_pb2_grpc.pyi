@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CacheServiceStub:
-    """A view of the prefix cache."""
+    """Looks into the prefix cache, and steers it. Where callers are authenticated, each
+    sees and changes only what is its own.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,23 +39,89 @@ class CacheServiceStub:
     """Says how much of a prompt is cached and why not more. Changes nothing, not
     even the order of eviction.
     """
+    Warm: _grpc.StreamStreamMultiCallable[_cache_pb2.WarmRequest, _cache_pb2.WarmResponse]
+    """Computes prompts ahead of time, so that requests find them in the cache. Live
+    requests go first. One response per prompt, in the order in which they are
+    done; the same prompt again costs nothing, so a call that was cut off can
+    simply be made again.
+    """
+    Pin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinResponse]
+    """Keeps a prompt's blocks from being evicted until a time or an Unpin. What is
+    not cached is computed first. If the budget for pins does not suffice, as much
+    of the beginning is pinned as it allows, and the response says so.
+    """
+    Unpin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinResponse]
+    """Ends a pin. NOT_FOUND: there is no pin of that id."""
+    ListPins: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ListPinsRequest, _cache_pb2.ListPinsResponse]
+    """Lists the caller's pins."""
+    EndSession: _grpc.UnaryUnaryMultiCallable[_cache_pb2.EndSessionRequest, _cache_pb2.EndSessionResponse]
+    """Ends a session: blocks that only it has used are evicted before all others."""
+    Invalidate: _grpc.UnaryUnaryMultiCallable[_cache_pb2.InvalidateRequest, _cache_pb2.InvalidateResponse]
+    """Forgets what begins with a prompt, what one session stored, a namespace, or
+    everything of the caller's. From the moment of the call nothing of it is reused;
+    running requests finish with what they have.
+    """
     GetStats: _grpc.UnaryUnaryMultiCallable[_cache_pb2.GetStatsRequest, _cache_pb2.GetStatsResponse]
     """Returns sizes and counters."""
+    WatchEvents: _grpc.UnaryStreamMultiCallable[_cache_pb2.WatchEventsRequest, _cache_pb2.WatchEventsResponse]
+    """Streams what is stored in the cache and what is removed: first a snapshot, then
+    every change. OUT_OF_RANGE: the events to resume from are gone, or the caller
+    reads too slowly; call again for a snapshot.
+    """
+    WatchPrompts: _grpc.UnaryStreamMultiCallable[_cache_pb2.WatchPromptsRequest, _cache_pb2.WatchPromptsResponse]
+    """Streams the shapes of prompts as they arrive: hashes and kinds of their pieces,
+    never their text. `prefixcache doctor --follow` reads it.
+    """
 
 @_typing.type_check_only
 class CacheServiceAsyncStub(CacheServiceStub):
-    """A view of the prefix cache."""
+    """Looks into the prefix cache, and steers it. Where callers are authenticated, each
+    sees and changes only what is its own.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Lookup: _aio.UnaryUnaryMultiCallable[_cache_pb2.LookupRequest, _cache_pb2.LookupResponse]  # type: ignore[assignment]
     """Says how much of a prompt is cached and why not more. Changes nothing, not
     even the order of eviction.
     """
+    Warm: _aio.StreamStreamMultiCallable[_cache_pb2.WarmRequest, _cache_pb2.WarmResponse]  # type: ignore[assignment]
+    """Computes prompts ahead of time, so that requests find them in the cache. Live
+    requests go first. One response per prompt, in the order in which they are
+    done; the same prompt again costs nothing, so a call that was cut off can
+    simply be made again.
+    """
+    Pin: _aio.UnaryUnaryMultiCallable[_cache_pb2.PinRequest, _cache_pb2.PinResponse]  # type: ignore[assignment]
+    """Keeps a prompt's blocks from being evicted until a time or an Unpin. What is
+    not cached is computed first. If the budget for pins does not suffice, as much
+    of the beginning is pinned as it allows, and the response says so.
+    """
+    Unpin: _aio.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinResponse]  # type: ignore[assignment]
+    """Ends a pin. NOT_FOUND: there is no pin of that id."""
+    ListPins: _aio.UnaryUnaryMultiCallable[_cache_pb2.ListPinsRequest, _cache_pb2.ListPinsResponse]  # type: ignore[assignment]
+    """Lists the caller's pins."""
+    EndSession: _aio.UnaryUnaryMultiCallable[_cache_pb2.EndSessionRequest, _cache_pb2.EndSessionResponse]  # type: ignore[assignment]
+    """Ends a session: blocks that only it has used are evicted before all others."""
+    Invalidate: _aio.UnaryUnaryMultiCallable[_cache_pb2.InvalidateRequest, _cache_pb2.InvalidateResponse]  # type: ignore[assignment]
+    """Forgets what begins with a prompt, what one session stored, a namespace, or
+    everything of the caller's. From the moment of the call nothing of it is reused;
+    running requests finish with what they have.
+    """
     GetStats: _aio.UnaryUnaryMultiCallable[_cache_pb2.GetStatsRequest, _cache_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Returns sizes and counters."""
+    WatchEvents: _aio.UnaryStreamMultiCallable[_cache_pb2.WatchEventsRequest, _cache_pb2.WatchEventsResponse]  # type: ignore[assignment]
+    """Streams what is stored in the cache and what is removed: first a snapshot, then
+    every change. OUT_OF_RANGE: the events to resume from are gone, or the caller
+    reads too slowly; call again for a snapshot.
+    """
+    WatchPrompts: _aio.UnaryStreamMultiCallable[_cache_pb2.WatchPromptsRequest, _cache_pb2.WatchPromptsResponse]  # type: ignore[assignment]
+    """Streams the shapes of prompts as they arrive: hashes and kinds of their pieces,
+    never their text. `prefixcache doctor --follow` reads it.
+    """
 
 class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
-    """A view of the prefix cache."""
+    """Looks into the prefix cache, and steers it. Where callers are authenticated, each
+    sees and changes only what is its own.
+    """
 
     @_abc_1.abstractmethod
     def Lookup(
@@ -66,11 +134,90 @@ class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def Warm(
+        self,
+        request_iterator: _MaybeAsyncIterator[_cache_pb2.WarmRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cache_pb2.WarmResponse], _abc.AsyncIterator[_cache_pb2.WarmResponse]]:
+        """Computes prompts ahead of time, so that requests find them in the cache. Live
+        requests go first. One response per prompt, in the order in which they are
+        done; the same prompt again costs nothing, so a call that was cut off can
+        simply be made again.
+        """
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _cache_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.PinResponse, _abc.Awaitable[_cache_pb2.PinResponse]]:
+        """Keeps a prompt's blocks from being evicted until a time or an Unpin. What is
+        not cached is computed first. If the budget for pins does not suffice, as much
+        of the beginning is pinned as it allows, and the response says so.
+        """
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _cache_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.UnpinResponse, _abc.Awaitable[_cache_pb2.UnpinResponse]]:
+        """Ends a pin. NOT_FOUND: there is no pin of that id."""
+
+    @_abc_1.abstractmethod
+    def ListPins(
+        self,
+        request: _cache_pb2.ListPinsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.ListPinsResponse, _abc.Awaitable[_cache_pb2.ListPinsResponse]]:
+        """Lists the caller's pins."""
+
+    @_abc_1.abstractmethod
+    def EndSession(
+        self,
+        request: _cache_pb2.EndSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.EndSessionResponse, _abc.Awaitable[_cache_pb2.EndSessionResponse]]:
+        """Ends a session: blocks that only it has used are evicted before all others."""
+
+    @_abc_1.abstractmethod
+    def Invalidate(
+        self,
+        request: _cache_pb2.InvalidateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cache_pb2.InvalidateResponse, _abc.Awaitable[_cache_pb2.InvalidateResponse]]:
+        """Forgets what begins with a prompt, what one session stored, a namespace, or
+        everything of the caller's. From the moment of the call nothing of it is reused;
+        running requests finish with what they have.
+        """
+
+    @_abc_1.abstractmethod
     def GetStats(
         self,
         request: _cache_pb2.GetStatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.GetStatsResponse, _abc.Awaitable[_cache_pb2.GetStatsResponse]]:
         """Returns sizes and counters."""
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _cache_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cache_pb2.WatchEventsResponse], _abc.AsyncIterator[_cache_pb2.WatchEventsResponse]]:
+        """Streams what is stored in the cache and what is removed: first a snapshot, then
+        every change. OUT_OF_RANGE: the events to resume from are gone, or the caller
+        reads too slowly; call again for a snapshot.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchPrompts(
+        self,
+        request: _cache_pb2.WatchPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_cache_pb2.WatchPromptsResponse], _abc.AsyncIterator[_cache_pb2.WatchPromptsResponse]]:
+        """Streams the shapes of prompts as they arrive: hashes and kinds of their pieces,
+        never their text. `prefixcache doctor --follow` reads it.
+        """
 
 def add_CacheServiceServicer_to_server(servicer: CacheServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

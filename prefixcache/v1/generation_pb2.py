@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from prefixcache.v1 import prompt_pb2 as prefixcache_dot_v1_dot_prompt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprefixcache/v1/generation.proto\x12\x0eprefixcache.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bprefixcache/v1/prompt.proto\"\xb5\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.prefixcache.v1.Sampling\x12+\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x1c.prefixcache.v1.CacheControl\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\xc1\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12;\n\nlogit_bias\x18\r \x03(\x0b\x32\'.prefixcache.v1.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\x9d\x01\n\x10GenerateResponse\x12*\n\x07started\x18\x01 \x01(\x0b\x32\x17.prefixcache.v1.StartedH\x00\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.prefixcache.v1.DeltaH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.prefixcache.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xd8\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\rprompt_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x03 \x01(\rH\x01\x88\x01\x01\x12/\n\x0bmiss_reason\x18\x04 \x01(\x0e\x32\x1a.prefixcache.v1.MissReason\x12\x1a\n\rmiss_position\x18\x05 \x01(\rH\x02\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x10\n\x0e_miss_position\"Y\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.prefixcache.v1.TokenLogprobs\"K\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.prefixcache.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x9c\x01\n\x08\x46inished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.prefixcache.v1.FinishReason\x12$\n\x05usage\x18\x02 \x01(\x0b\x32\x15.prefixcache.v1.Usage\x12(\n\x07timings\x18\x03 \x01(\x0b\x32\x17.prefixcache.v1.Timings\x12\x12\n\nstopped_by\x18\x04 \x01(\t\"\x81\x02\n\x05Usage\x12\x1a\n\rprompt_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x1e\n\x11\x63ompletion_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x12\n\x10_computed_tokensB\x14\n\x12_completion_tokensB\x14\n\x12_recomputed_tokens\"\xb9\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"9\n\x0fTokenizeRequest\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x11\n\x0fGetModelRequest\"\xd8\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nmax_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x82\x02\n\x11GenerationService\x12O\n\x08Generate\x12\x1f.prefixcache.v1.GenerateRequest\x1a .prefixcache.v1.GenerateResponse0\x01\x12M\n\x08Tokenize\x12\x1f.prefixcache.v1.TokenizeRequest\x1a .prefixcache.v1.TokenizeResponse\x12M\n\x08GetModel\x12\x1f.prefixcache.v1.GetModelRequest\x1a .prefixcache.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprefixcache/v1/generation.proto\x12\x0eprefixcache.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bprefixcache/v1/prompt.proto\"\xb5\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.prefixcache.v1.Sampling\x12+\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x1c.prefixcache.v1.CacheControl\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\xc1\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12;\n\nlogit_bias\x18\r \x03(\x0b\x32\'.prefixcache.v1.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\x9d\x01\n\x10GenerateResponse\x12*\n\x07started\x18\x01 \x01(\x0b\x32\x17.prefixcache.v1.StartedH\x00\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.prefixcache.v1.DeltaH\x00\x12,\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x18.prefixcache.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x90\x02\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1a\n\rprompt_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x03 \x01(\rH\x01\x88\x01\x01\x12/\n\x0bmiss_reason\x18\x04 \x01(\x0e\x32\x1a.prefixcache.v1.MissReason\x12\x1a\n\rmiss_position\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x1f\n\x12\x61lternative_tokens\x18\x06 \x01(\rH\x03\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x10\n\x0e_miss_positionB\x15\n\x13_alternative_tokens\"Y\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.prefixcache.v1.TokenLogprobs\"K\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12)\n\x03top\x18\x02 \x03(\x0b\x32\x1c.prefixcache.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xc6\x01\n\x08\x46inished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.prefixcache.v1.FinishReason\x12$\n\x05usage\x18\x02 \x01(\x0b\x32\x15.prefixcache.v1.Usage\x12(\n\x07timings\x18\x03 \x01(\x0b\x32\x17.prefixcache.v1.Timings\x12\x12\n\nstopped_by\x18\x04 \x01(\t\x12\x18\n\x0bkept_tokens\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_kept_tokens\"\xb1\x02\n\x05Usage\x12\x1a\n\rprompt_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rcached_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0f\x63omputed_tokens\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x1e\n\x11\x63ompletion_tokens\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x1b\n\x0ewritten_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x42\x10\n\x0e_prompt_tokensB\x10\n\x0e_cached_tokensB\x12\n\x10_computed_tokensB\x14\n\x12_completion_tokensB\x14\n\x12_recomputed_tokensB\x11\n\x0f_written_tokens\"\xb9\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"9\n\x0fTokenizeRequest\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.prefixcache.v1.Prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x11\n\x0fGetModelRequest\"\xd8\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nmax_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x12\x15\n\reos_token_ids\x18\t \x03(\r\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x82\x02\n\x11GenerationService\x12O\n\x08Generate\x12\x1f.prefixcache.v1.GenerateRequest\x1a .prefixcache.v1.GenerateResponse0\x01\x12M\n\x08Tokenize\x12\x1f.prefixcache.v1.TokenizeRequest\x1a .prefixcache.v1.TokenizeResponse\x12M\n\x08GetModel\x12\x1f.prefixcache.v1.GetModelRequest\x1a .prefixcache.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2417
-  _globals['_FINISHREASON']._serialized_end=2512
+  _globals['_FINISHREASON']._serialized_start=2563
+  _globals['_FINISHREASON']._serialized_end=2658
   _globals['_GENERATEREQUEST']._serialized_start=113
   _globals['_GENERATEREQUEST']._serialized_end=294
   _globals['_SAMPLING']._serialized_start=297
@@ -46,27 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=877
   _globals['_GENERATERESPONSE']._serialized_end=1034
   _globals['_STARTED']._serialized_start=1037
-  _globals['_STARTED']._serialized_end=1253
-  _globals['_DELTA']._serialized_start=1255
-  _globals['_DELTA']._serialized_end=1344
-  _globals['_TOKENLOGPROBS']._serialized_start=1346
-  _globals['_TOKENLOGPROBS']._serialized_end=1421
-  _globals['_TOKENLOGPROB']._serialized_start=1423
-  _globals['_TOKENLOGPROB']._serialized_end=1472
-  _globals['_FINISHED']._serialized_start=1475
-  _globals['_FINISHED']._serialized_end=1631
-  _globals['_USAGE']._serialized_start=1634
-  _globals['_USAGE']._serialized_end=1891
-  _globals['_TIMINGS']._serialized_start=1894
-  _globals['_TIMINGS']._serialized_end=2079
-  _globals['_TOKENIZEREQUEST']._serialized_start=2081
-  _globals['_TOKENIZEREQUEST']._serialized_end=2138
-  _globals['_TOKENIZERESPONSE']._serialized_start=2140
-  _globals['_TOKENIZERESPONSE']._serialized_end=2177
-  _globals['_GETMODELREQUEST']._serialized_start=2179
-  _globals['_GETMODELREQUEST']._serialized_end=2196
-  _globals['_GETMODELRESPONSE']._serialized_start=2199
-  _globals['_GETMODELRESPONSE']._serialized_end=2415
-  _globals['_GENERATIONSERVICE']._serialized_start=2515
-  _globals['_GENERATIONSERVICE']._serialized_end=2773
+  _globals['_STARTED']._serialized_end=1309
+  _globals['_DELTA']._serialized_start=1311
+  _globals['_DELTA']._serialized_end=1400
+  _globals['_TOKENLOGPROBS']._serialized_start=1402
+  _globals['_TOKENLOGPROBS']._serialized_end=1477
+  _globals['_TOKENLOGPROB']._serialized_start=1479
+  _globals['_TOKENLOGPROB']._serialized_end=1528
+  _globals['_FINISHED']._serialized_start=1531
+  _globals['_FINISHED']._serialized_end=1729
+  _globals['_USAGE']._serialized_start=1732
+  _globals['_USAGE']._serialized_end=2037
+  _globals['_TIMINGS']._serialized_start=2040
+  _globals['_TIMINGS']._serialized_end=2225
+  _globals['_TOKENIZEREQUEST']._serialized_start=2227
+  _globals['_TOKENIZEREQUEST']._serialized_end=2284
+  _globals['_TOKENIZERESPONSE']._serialized_start=2286
+  _globals['_TOKENIZERESPONSE']._serialized_end=2323
+  _globals['_GETMODELREQUEST']._serialized_start=2325
+  _globals['_GETMODELREQUEST']._serialized_end=2342
+  _globals['_GETMODELRESPONSE']._serialized_start=2345
+  _globals['_GETMODELRESPONSE']._serialized_end=2561
+  _globals['_GENERATIONSERVICE']._serialized_start=2661
+  _globals['_GENERATIONSERVICE']._serialized_end=2919
 # @@protoc_insertion_point(module_scope)

@@ -293,6 +293,7 @@ class Started(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     MISS_REASON_FIELD_NUMBER: _builtins.int
     MISS_POSITION_FIELD_NUMBER: _builtins.int
+    ALTERNATIVE_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's name, as given or as made by the server."""
     prompt_tokens: _builtins.int
@@ -303,6 +304,10 @@ class Started(_message.Message):
     """Why not more."""
     miss_position: _builtins.int
     """Position (in tokens) at which the prompt left the cached path."""
+    alternative_tokens: _builtins.int
+    """If it diverged: length (in tokens) of the nearest cached prompt, the one it
+    agrees with up to miss_position.
+    """
     def __init__(
         self,
         *,
@@ -311,17 +316,22 @@ class Started(_message.Message):
         cached_tokens: _builtins.int | None = ...,
         miss_reason: _prompt_pb2.MissReason.ValueType = ...,
         miss_position: _builtins.int | None = ...,
+        alternative_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "alternative_tokens", b"alternative_tokens", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "miss_reason", b"miss_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "alternative_tokens", b"alternative_tokens", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "miss_reason", b"miss_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alternative_tokens: _TypeAlias = _typing.Literal["alternative_tokens"]  # noqa: Y015
+    _WhichOneofArgType__alternative_tokens: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens"]  # noqa: Y015
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__miss_position: _TypeAlias = _typing.Literal["miss_position"]  # noqa: Y015
     _WhichOneofArgType__miss_position: _TypeAlias = _typing.Literal["_miss_position", b"_miss_position"]  # noqa: Y015
     _WhichOneofReturnType__prompt_tokens: _TypeAlias = _typing.Literal["prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alternative_tokens) -> _WhichOneofReturnType__alternative_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
@@ -433,10 +443,15 @@ class Finished(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     STOPPED_BY_FIELD_NUMBER: _builtins.int
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """Why the output ended."""
     stopped_by: _builtins.str
     """The stop string or the stop token id (in decimal) that ended the output."""
+    kept_tokens: _builtins.int
+    """With keep_for: how many tokens are kept for the session's next request. Fewer
+    than prompt and output if the budget for pins is used up.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Token counts."""
@@ -452,12 +467,15 @@ class Finished(_message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         stopped_by: _builtins.str = ...,
+        kept_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_tokens", b"_kept_tokens", "kept_tokens", b"kept_tokens", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "stopped_by", b"stopped_by", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_tokens", b"_kept_tokens", "kept_tokens", b"kept_tokens", "reason", b"reason", "stopped_by", b"stopped_by", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__kept_tokens: _TypeAlias = _typing.Literal["kept_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kept_tokens: _TypeAlias = _typing.Literal["_kept_tokens", b"_kept_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_tokens) -> _WhichOneofReturnType__kept_tokens | None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
@@ -472,6 +490,7 @@ class Usage(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    WRITTEN_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt."""
     cached_tokens: _builtins.int
@@ -482,6 +501,11 @@ class Usage(_message.Message):
     """Tokens generated."""
     recomputed_tokens: _builtins.int
     """Tokens computed a second time because the request was preempted."""
+    written_tokens: _builtins.int
+    """Tokens, of prompt and output, that this request added to the cache. 0 if it
+    asked for nothing to be stored; less than what was computed if the same was
+    stored meanwhile by another request, or a quota was reached.
+    """
     def __init__(
         self,
         *,
@@ -490,10 +514,11 @@ class Usage(_message.Message):
         computed_tokens: _builtins.int | None = ...,
         completion_tokens: _builtins.int | None = ...,
         recomputed_tokens: _builtins.int | None = ...,
+        written_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "_recomputed_tokens", b"_recomputed_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "_recomputed_tokens", b"_recomputed_tokens", "_written_tokens", b"_written_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "written_tokens", b"written_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "_recomputed_tokens", b"_recomputed_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "_recomputed_tokens", b"_recomputed_tokens", "_written_tokens", b"_written_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "written_tokens", b"written_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
@@ -505,6 +530,8 @@ class Usage(_message.Message):
     _WhichOneofArgType__prompt_tokens: _TypeAlias = _typing.Literal["_prompt_tokens", b"_prompt_tokens"]  # noqa: Y015
     _WhichOneofReturnType__recomputed_tokens: _TypeAlias = _typing.Literal["recomputed_tokens"]  # noqa: Y015
     _WhichOneofArgType__recomputed_tokens: _TypeAlias = _typing.Literal["_recomputed_tokens", b"_recomputed_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__written_tokens: _TypeAlias = _typing.Literal["written_tokens"]  # noqa: Y015
+    _WhichOneofArgType__written_tokens: _TypeAlias = _typing.Literal["_written_tokens", b"_written_tokens"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
@@ -515,6 +542,8 @@ class Usage(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens) -> _WhichOneofReturnType__prompt_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__recomputed_tokens) -> _WhichOneofReturnType__recomputed_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__written_tokens) -> _WhichOneofReturnType__written_tokens | None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
 

@@ -63,9 +63,10 @@ class GenerationServiceServicer:
         INVALID_ARGUMENT: the request cannot be served as it is (the message says
         which field and why). NOT_FOUND: another model is served here.
         FAILED_PRECONDITION: the model has no chat template. RESOURCE_EXHAUSTED: the
-        queue is full; google.rpc.RetryInfo says when to try again.
+        queue is full or a quota is reached; google.rpc.RetryInfo says when to try again.
         DEADLINE_EXCEEDED, CANCELLED: as the caller asked. UNAVAILABLE: the server
-        is shutting down or its engine has failed.
+        is shutting down or its engine has failed. UNAUTHENTICATED: the server asks for
+        a token or a certificate, and this is none it knows (any call may say so).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

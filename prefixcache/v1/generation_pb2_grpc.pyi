@@ -40,9 +40,10 @@ class GenerationServiceStub:
     INVALID_ARGUMENT: the request cannot be served as it is (the message says
     which field and why). NOT_FOUND: another model is served here.
     FAILED_PRECONDITION: the model has no chat template. RESOURCE_EXHAUSTED: the
-    queue is full; google.rpc.RetryInfo says when to try again.
+    queue is full or a quota is reached; google.rpc.RetryInfo says when to try again.
     DEADLINE_EXCEEDED, CANCELLED: as the caller asked. UNAVAILABLE: the server
-    is shutting down or its engine has failed.
+    is shutting down or its engine has failed. UNAUTHENTICATED: the server asks for
+    a token or a certificate, and this is none it knows (any call may say so).
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Returns the token ids of a prompt, as Generate would use them."""
@@ -61,9 +62,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     INVALID_ARGUMENT: the request cannot be served as it is (the message says
     which field and why). NOT_FOUND: another model is served here.
     FAILED_PRECONDITION: the model has no chat template. RESOURCE_EXHAUSTED: the
-    queue is full; google.rpc.RetryInfo says when to try again.
+    queue is full or a quota is reached; google.rpc.RetryInfo says when to try again.
     DEADLINE_EXCEEDED, CANCELLED: as the caller asked. UNAVAILABLE: the server
-    is shutting down or its engine has failed.
+    is shutting down or its engine has failed. UNAUTHENTICATED: the server asks for
+    a token or a certificate, and this is none it knows (any call may say so).
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Returns the token ids of a prompt, as Generate would use them."""
@@ -85,9 +87,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: the request cannot be served as it is (the message says
         which field and why). NOT_FOUND: another model is served here.
         FAILED_PRECONDITION: the model has no chat template. RESOURCE_EXHAUSTED: the
-        queue is full; google.rpc.RetryInfo says when to try again.
+        queue is full or a quota is reached; google.rpc.RetryInfo says when to try again.
         DEADLINE_EXCEEDED, CANCELLED: as the caller asked. UNAVAILABLE: the server
-        is shutting down or its engine has failed.
+        is shutting down or its engine has failed. UNAUTHENTICATED: the server asks for
+        a token or a certificate, and this is none it knows (any call may say so).
         """
 
     @_abc_1.abstractmethod

@@ -22,25 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprefixcache/v1/prompt.proto\x12\x0eprefixcache.v1\"|\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x18.prefixcache.v1.TokenIdsH\x00\x12(\n\x08messages\x18\x03 \x01(\x0b\x32\x14.prefixcache.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"~\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.prefixcache.v1.Message\x12\r\n\x05tools\x18\x02 \x03(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"`\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x12\n\ntool_calls\x18\x03 \x03(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"[\n\x0c\x43\x61\x63heControl\x12\x11\n\x04read\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\x05store\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x11\n\tnamespace\x18\x03 \x01(\tB\x07\n\x05_readB\x08\n\x06_store*\xfb\x01\n\nMissReason\x12\x1b\n\x17MISS_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10MISS_REASON_NONE\x10\x01\x12\x1a\n\x16MISS_REASON_NEVER_SEEN\x10\x02\x12\x18\n\x14MISS_REASON_DIVERGED\x10\x03\x12\x17\n\x13MISS_REASON_EVICTED\x10\x04\x12\x1b\n\x17MISS_REASON_INVALIDATED\x10\x05\x12\x19\n\x15MISS_REASON_TOO_SHORT\x10\x06\x12\x19\n\x15MISS_REASON_IN_FLIGHT\x10\x07\x12\x18\n\x14MISS_REASON_BYPASSED\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprefixcache/v1/prompt.proto\x12\x0eprefixcache.v1\x1a\x1egoogle/protobuf/duration.proto\"|\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x18.prefixcache.v1.TokenIdsH\x00\x12(\n\x08messages\x18\x03 \x01(\x0b\x32\x14.prefixcache.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"~\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.prefixcache.v1.Message\x12\r\n\x05tools\x18\x02 \x03(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"`\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x12\n\ntool_calls\x18\x03 \x03(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"\xb6\x02\n\x0c\x43\x61\x63heControl\x12\x11\n\x04read\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x12\n\x05store\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x08ttl_mode\x18\x05 \x01(\x0e\x32\x17.prefixcache.v1.TtlMode\x12\x15\n\x08priority\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12+\n\x08keep_for\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x19\x65nd_session_on_disconnect\x18\t \x01(\x08\x42\x07\n\x05_readB\x08\n\x06_storeB\x0b\n\t_priority*\x94\x02\n\nMissReason\x12\x1b\n\x17MISS_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10MISS_REASON_NONE\x10\x01\x12\x1a\n\x16MISS_REASON_NEVER_SEEN\x10\x02\x12\x18\n\x14MISS_REASON_DIVERGED\x10\x03\x12\x17\n\x13MISS_REASON_EVICTED\x10\x04\x12\x1b\n\x17MISS_REASON_INVALIDATED\x10\x05\x12\x19\n\x15MISS_REASON_TOO_SHORT\x10\x06\x12\x19\n\x15MISS_REASON_IN_FLIGHT\x10\x07\x12\x18\n\x14MISS_REASON_BYPASSED\x10\x08\x12\x17\n\x13MISS_REASON_EXPIRED\x10\t*M\n\x07TtlMode\x12\x18\n\x14TTL_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10TTL_MODE_SLIDING\x10\x01\x12\x12\n\x0eTTL_MODE_FIXED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'prefixcache.v1.prompt_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MISSREASON']._serialized_start=518
-  _globals['_MISSREASON']._serialized_end=769
-  _globals['_PROMPT']._serialized_start=47
-  _globals['_PROMPT']._serialized_end=171
-  _globals['_TOKENIDS']._serialized_start=173
-  _globals['_TOKENIDS']._serialized_end=196
-  _globals['_CHAT']._serialized_start=198
-  _globals['_CHAT']._serialized_end=324
-  _globals['_MESSAGE']._serialized_start=326
-  _globals['_MESSAGE']._serialized_end=422
-  _globals['_CACHECONTROL']._serialized_start=424
-  _globals['_CACHECONTROL']._serialized_end=515
+  _globals['_MISSREASON']._serialized_start=770
+  _globals['_MISSREASON']._serialized_end=1046
+  _globals['_TTLMODE']._serialized_start=1048
+  _globals['_TTLMODE']._serialized_end=1125
+  _globals['_PROMPT']._serialized_start=79
+  _globals['_PROMPT']._serialized_end=203
+  _globals['_TOKENIDS']._serialized_start=205
+  _globals['_TOKENIDS']._serialized_end=228
+  _globals['_CHAT']._serialized_start=230
+  _globals['_CHAT']._serialized_end=356
+  _globals['_MESSAGE']._serialized_start=358
+  _globals['_MESSAGE']._serialized_end=454
+  _globals['_CACHECONTROL']._serialized_start=457
+  _globals['_CACHECONTROL']._serialized_end=767
 # @@protoc_insertion_point(module_scope)

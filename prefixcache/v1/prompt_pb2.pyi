@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -45,6 +46,8 @@ class _MissReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MissReason
     """Another request is computing the next tokens right now."""
     MISS_REASON_BYPASSED: _MissReason.ValueType  # 8
     """The request asked for the cache not to be read."""
+    MISS_REASON_EXPIRED: _MissReason.ValueType  # 9
+    """The next tokens were cached once and their time to live is over."""
 
 class MissReason(_MissReason, metaclass=_MissReasonEnumTypeWrapper):
     """Why the cached prefix of a prompt is no longer than it is."""
@@ -69,7 +72,33 @@ MISS_REASON_IN_FLIGHT: MissReason.ValueType  # 7
 """Another request is computing the next tokens right now."""
 MISS_REASON_BYPASSED: MissReason.ValueType  # 8
 """The request asked for the cache not to be read."""
+MISS_REASON_EXPIRED: MissReason.ValueType  # 9
+"""The next tokens were cached once and their time to live is over."""
 Global___MissReason: _TypeAlias = MissReason  # noqa: Y015
+
+class _TtlMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TtlModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TtlMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TTL_MODE_UNSPECIFIED: _TtlMode.ValueType  # 0
+    """The server's default, which is sliding unless it was told otherwise."""
+    TTL_MODE_SLIDING: _TtlMode.ValueType  # 1
+    """Every request that uses the blocks."""
+    TTL_MODE_FIXED: _TtlMode.ValueType  # 2
+    """Nothing: it counts from when the blocks were stored."""
+
+class TtlMode(_TtlMode, metaclass=_TtlModeEnumTypeWrapper):
+    """What starts a time to live anew."""
+
+TTL_MODE_UNSPECIFIED: TtlMode.ValueType  # 0
+"""The server's default, which is sliding unless it was told otherwise."""
+TTL_MODE_SLIDING: TtlMode.ValueType  # 1
+"""Every request that uses the blocks."""
+TTL_MODE_FIXED: TtlMode.ValueType  # 2
+"""Nothing: it counts from when the blocks were stored."""
+Global___TtlMode: _TypeAlias = TtlMode  # noqa: Y015
 
 @_typing.final
 class Prompt(_message.Message):
@@ -229,6 +258,12 @@ class CacheControl(_message.Message):
     READ_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    TTL_MODE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    KEEP_FOR_FIELD_NUMBER: _builtins.int
+    END_SESSION_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     read: _builtins.bool
     """Whether cached blocks may be reused. True when absent."""
     store: _builtins.bool
@@ -237,21 +272,61 @@ class CacheControl(_message.Message):
     """A namespace below the caller's own. Prompts in different namespaces never
     share blocks. At most 256 bytes.
     """
+    ttl_mode: Global___TtlMode.ValueType
+    """What starts the time to live anew."""
+    priority: _builtins.int
+    """What is evicted last: blocks of a lower priority go first, whenever they were
+    used. 0 to 100; 50 when absent. A shared prefix has the highest priority of
+    those who used it.
+    """
+    session_id: _builtins.str
+    """The session this request belongs to, such as a chat or an agent's run. Blocks
+    that only one session has used are given up first when it ends: by EndSession,
+    after the server's idle time, or with its client. At most 128 bytes.
+    """
+    end_session_on_disconnect: _builtins.bool
+    """With session_id: end the session if the client leaves before the answer is
+    complete.
+    """
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long what this request reuses and stores is kept, if it is not evicted
+        before. Above 0. The server's default (usually: until evicted) when absent.
+        Where requests with different times share a prefix, the longest counts.
+        """
+
+    @_builtins.property
+    def keep_for(self) -> _duration_pb2.Duration:
+        """With session_id: after this request, keep the session's blocks from being
+        evicted for so long (while a tool runs, say) or until its next request.
+        Counts towards the budget for pins. At most an hour.
+        """
+
     def __init__(
         self,
         *,
         read: _builtins.bool | None = ...,
         store: _builtins.bool | None = ...,
         namespace: _builtins.str = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        ttl_mode: Global___TtlMode.ValueType = ...,
+        priority: _builtins.int | None = ...,
+        session_id: _builtins.str = ...,
+        keep_for: _duration_pb2.Duration | None = ...,
+        end_session_on_disconnect: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_read", b"_read", "_store", b"_store", "read", b"read", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_read", b"_read", "_store", b"_store", "keep_for", b"keep_for", "priority", b"priority", "read", b"read", "store", b"store", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_read", b"_read", "_store", b"_store", "namespace", b"namespace", "read", b"read", "store", b"store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "_read", b"_read", "_store", b"_store", "end_session_on_disconnect", b"end_session_on_disconnect", "keep_for", b"keep_for", "namespace", b"namespace", "priority", b"priority", "read", b"read", "session_id", b"session_id", "store", b"store", "ttl", b"ttl", "ttl_mode", b"ttl_mode"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__read: _TypeAlias = _typing.Literal["read"]  # noqa: Y015
     _WhichOneofArgType__read: _TypeAlias = _typing.Literal["_read", b"_read"]  # noqa: Y015
     _WhichOneofReturnType__store: _TypeAlias = _typing.Literal["store"]  # noqa: Y015
     _WhichOneofArgType__store: _TypeAlias = _typing.Literal["_store", b"_store"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__read) -> _WhichOneofReturnType__read | None: ...
     @_typing.overload

@@ -73,19 +73,19 @@ class RunningServer:
 
     def stats(self) -> EngineStats:
         """Ask the engine itself."""
-        return self.server.engine.loop.call(lambda scheduler: scheduler.stats()).result(30)
+        return self.server.front.engine.loop.call(lambda scheduler: scheduler.stats()).result(30)
 
     def check(self) -> None:
         """Assert every invariant of the cache, between two steps."""
-        self.server.engine.loop.call(lambda scheduler: scheduler.cache.check()).result(30)
+        self.server.front.engine.loop.call(lambda scheduler: scheduler.cache.check()).result(30)
 
     def wait_until_active(self, calls: int = 1) -> None:
         """Return when so many Generate calls have reached the engine."""
-        self._wait(lambda: self.server.active >= calls)
+        self._wait(lambda: self.server.front.active >= calls)
 
     def wait_until_idle(self) -> None:
         """Return when no request is waiting or running any more."""
-        self._wait(self.server.engine.loop.idle)
+        self._wait(self.server.front.engine.loop.idle)
         self.stats()
 
     def wait_until_stopping(self) -> None:
@@ -93,7 +93,7 @@ class RunningServer:
 
         def stopping() -> bool:
             try:
-                self.server.engine.loop.call(lambda _: None)
+                self.server.front.engine.loop.call(lambda _: None)
             except Unavailable:
                 return True
             return False

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine import wire
 from engine.request import Finished, FinishReason, Sampled, SamplingParams, Started, Timings, Usage
+from engine.tenants import namespace_key
 from engine.tokenizer import Chat
 from prefixcache.errors import InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
 from prefixcache.reasons import MissReason
@@ -35,7 +36,7 @@ def chat(*turns: prompt_pb2.Message, **fields: Any) -> generation_pb2.GenerateRe
 
 def test_a_bare_request_gets_the_defaults() -> None:
     """Greedy, to the model's end, reading and storing, with a name and a seed made up here."""
-    first, second = (wire.read_generate(text(), SERVED) for _ in range(2))
+    first, second = (wire.read_generate(text(), SERVED, "acme") for _ in range(2))
     assert first.params == SamplingParams()
     assert (first.prompt, first.read, first.store) == ("hi", True, True)
     assert first.id
@@ -61,7 +62,7 @@ def test_every_field_of_sampling_is_read() -> None:
         logit_bias={4: -100},
         logprobs=0,
     )
-    generation = wire.read_generate(request, SERVED)
+    generation = wire.read_generate(request, SERVED, "acme")
     assert generation.params == SamplingParams(
         max_tokens=5,
         temperature=0.5,
@@ -84,16 +85,16 @@ def test_every_field_of_sampling_is_read() -> None:
 def test_cache_control_and_name_are_read() -> None:
     """The switches can be turned off, and the namespace lies below the caller's own."""
     cache = prompt_pb2.CacheControl(read=False, store=False, namespace="team")
-    generation = wire.read_generate(text(cache=cache, request_id="r", model="embedded"), SERVED)
+    generation = wire.read_generate(text(cache=cache, request_id="r", model="embedded"), SERVED, "acme")
     assert (generation.id, generation.read, generation.store) == ("r", False, False)
-    assert generation.namespace == wire.namespace_key(wire.ANONYMOUS, "team")
+    assert generation.namespace == namespace_key("acme", "team")
 
 
 def test_a_conversation_is_read_with_its_tools_in_order() -> None:
     """Keys of tools stay in the order in which they were written; absent fields stay absent."""
     call = prompt_pb2.Message(role="assistant", tool_calls=['{"z": 1, "a": 1.5}'])
     answer = prompt_pb2.Message(role="tool", content="42", tool_call_id="c", name="f")
-    prompt = wire.read_generate(chat(call, answer, tools=['{"z": {"y": 1, "x": 2}}']), SERVED).prompt
+    prompt = wire.read_generate(chat(call, answer, tools=['{"z": {"y": 1, "x": 2}}']), SERVED, "acme").prompt
     assert prompt == Chat(
         messages=[
             {"role": "assistant", "content": "", "tool_calls": [{"z": 1, "a": 1.5}]},
@@ -103,7 +104,7 @@ def test_a_conversation_is_read_with_its_tools_in_order() -> None:
     )
     assert isinstance(prompt, Chat)
     assert list(prompt.tools[0]["z"]) == ["y", "x"]
-    closed = wire.read_generate(chat(answer, add_generation_prompt=False), SERVED).prompt
+    closed = wire.read_generate(chat(answer, add_generation_prompt=False), SERVED, "acme").prompt
     assert isinstance(closed, Chat)
     assert not closed.add_generation_prompt
 
@@ -161,22 +162,22 @@ USER = prompt_pb2.Message(role="user", content="hi")
 def test_what_is_wrong_with_a_request_is_named(request_: generation_pb2.GenerateRequest, words: str) -> None:
     """Each mistake is INVALID_ARGUMENT; the message has the field and what is allowed."""
     with pytest.raises(InvalidArgument, match=words):
-        wire.read_generate(request_, SERVED)
+        wire.read_generate(request_, SERVED, "acme")
 
 
 def test_another_model_is_not_found() -> None:
     """The message says what is served, and does not repeat an endless name."""
     with pytest.raises(NotFound, match="model 'gpt' is not served here, only 'embedded'"):
-        wire.read_generate(text(model="gpt"), SERVED)
+        wire.read_generate(text(model="gpt"), SERVED, "acme")
     with pytest.raises(NotFound) as caught:
-        wire.read_generate(text(model="x" * 10_000), SERVED)
+        wire.read_generate(text(model="x" * 10_000), SERVED, "acme")
     assert len(str(caught.value)) < 300
 
 
 @given(st.tuples(st.text(), st.text()), st.tuples(st.text(), st.text()))
 def test_namespace_keys_never_collide(one: tuple[str, str], other: tuple[str, str]) -> None:
     """Two callers with suffixes of their choice never reach the same namespace."""
-    assert (wire.namespace_key(*one) == wire.namespace_key(*other)) == (one == other)
+    assert (namespace_key(*one) == namespace_key(*other)) == (one == other)
 
 
 def test_started_is_written_whole() -> None:

@@ -1,0 +1,81 @@
+"""What the services have in common: the engine once it is loaded, tokenizing off the event loop, who is calling."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import grpc
+
+from engine.assembly import Engine
+from engine.config import EngineConfig
+from engine.events import EventBridge
+from engine.loop import clock
+from engine.scheduler import Scheduler
+from engine.tenants import Caller
+from engine.tokenizer import Prompt
+from prefixcache.errors import Unavailable
+
+TOKENIZER_THREADS = 2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
+
+
+class Front:
+    """Lives in one event loop; `open` gives it its engine. `active` counts the Generate calls in progress."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.bridge = EventBridge(asyncio.get_running_loop())
+        self.stream_interval = config.stream_interval_ms / 1000
+        self.active = 0
+        self._engine: Engine | None = None
+        self._began = 0.0
+        self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
+
+    def open(self, engine: Engine) -> None:
+        """From now on there is an engine."""
+        self._engine = engine
+        self._began = clock()
+
+    @property
+    def loaded(self) -> Engine | None:
+        """The engine, or None while the model is being loaded."""
+        return self._engine
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises Unavailable while the model is being loaded."""
+        if self._engine is None:
+            raise Unavailable("the model is still being loaded; wait until the health service says SERVING")
+        return self._engine
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the server began to serve."""
+        return clock() - self._began
+
+    def caller(self, context: Context) -> Caller:
+        """Who is calling."""
+        return Caller()
+
+    async def encode(self, prompt: Prompt, limit: int | None = None) -> list[int]:
+        """Tokenize off the event loop."""
+        tokenizer = self.engine.tokenizer
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.encode, prompt, limit)
+
+    async def ask(self, function: Callable[[Scheduler], T]) -> T:
+        """Run `function` on the engine's thread between two steps, and return what it returns."""
+        answer: Future[T] = self.engine.loop.call(function)
+        return await asyncio.wrap_future(answer)
+
+    async def wait_for_callers(self, seconds: float) -> None:
+        """Wait until no Generate call is active, for at most `seconds`."""
+        end = clock() + seconds
+        while self.active and clock() < end:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)

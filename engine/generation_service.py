@@ -1,0 +1,104 @@
+"""GenerationService: requests go to the engine, events come back.
+
+A call that has been submitted is aborted in the `finally` that every end of it passes,
+so a caller who leaves, at any point, leaves nothing behind.
+"""
+# ruff: noqa: N802 - the protocol names the methods
+
+from __future__ import annotations
+
+from functools import partial
+
+import structlog
+
+from engine import wire
+from engine.assembly import Engine
+from engine.events import EventStream
+from engine.front import Context, Front
+from engine.loop import clock
+from engine.request import Failed, Finished, Request, Sampled, Started
+from engine.scheduler import Scheduler
+from engine.tokenizer import TextStream
+from prefixcache.v1 import generation_pb2, generation_pb2_grpc
+
+log = structlog.get_logger()
+
+
+class Generation(generation_pb2_grpc.GenerationServiceServicer):
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
+        front, engine = self._front, self._front.engine
+        arrival = clock()
+        remaining = context.time_remaining()
+        generation = wire.read_generate(message, engine.served, front.caller(context).tenant)
+        prompt = await front.encode(generation.prompt, engine.served.max_length - 1)
+        # Stop strings are looked for as events come, and what is generated behind one is lost work.
+        events = front.bridge.open(0.0 if generation.params.stop else front.stream_interval)
+        request = Request(
+            id=generation.id,
+            prompt=prompt,
+            params=generation.params,
+            seed=generation.seed,
+            sink=events.sink,
+            namespace=generation.namespace,
+            read=generation.read,
+            store=generation.store,
+            arrival=arrival,
+            deadline=None if remaining is None else arrival + remaining,
+        )
+        front.active += 1
+        try:
+            engine.loop.submit(request)
+            await _relay(front, engine, request, events, context)
+        finally:
+            front.active -= 1
+            engine.loop.abort(request)
+
+    async def Tokenize(
+        self, message: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        ids = await self._front.encode(wire.read_prompt(message.prompt))
+        return wire.write_tokens(ids)
+
+    async def GetModel(
+        self, message: generation_pb2.GetModelRequest, context: Context
+    ) -> generation_pb2.GetModelResponse:
+        return wire.write_model(self._front.engine.served)
+
+
+async def _relay(front: Front, engine: Engine, request: Request, events: EventStream, context: Context) -> None:
+    """Send a request's events to the caller until the last one. Raises the error of a `Failed`."""
+    stream = TextStream(engine.tokenizer, request.params.stop)
+    last: Finished | None = None
+    while last is None:
+        text = ""
+        tokens: list[Sampled] = []
+        for event in await events.next():
+            match event:
+                case Started():
+                    await context.write(wire.write_started(request.id, event))
+                case Sampled() if stream.stop is None:
+                    text += stream.push(event.token)
+                    tokens.append(event)
+                case Finished():
+                    last = event
+                    text += stream.flush()
+                case Failed() if stream.stop is None:
+                    raise event.error
+        if tokens or text:
+            await context.write(wire.write_delta(text, tokens))
+        if stream.stop is not None:
+            complete = partial(Scheduler.complete, request=request, now=clock(), completion_tokens=stream.tokens)
+            last = await front.ask(complete)
+    await context.write(wire.write_finished(last, stream.stop))
+    log.debug(
+        "finished",
+        request_id=request.id,
+        reason=last.reason.value,
+        prompt_tokens=last.usage.prompt_tokens,
+        cached_tokens=last.usage.cached_tokens,
+        completion_tokens=last.usage.completion_tokens,
+        seconds=round(last.timings.total, 4),
+    )

@@ -1,0 +1,132 @@
+"""What a client sends: prompts and options as protocol messages.
+
+A prompt is text, a sequence of token ids, or a list of messages such as
+{"role": "user", "content": "..."}. What cannot be sent raises InvalidArgument here,
+before it goes anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from prefixcache.errors import InvalidArgument
+from prefixcache.v1 import generation_pb2, prompt_pb2
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How to generate. What is absent or None is left to the server's default; see Sampling in the protocol."""
+
+    max_tokens: int | None
+    """The most tokens to generate; as many as fit by default."""
+    temperature: float | None
+    """0, the default, is greedy."""
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    """The same seed, prompt and options give the same tokens."""
+    stop: str | Sequence[str] | None
+    """Stop before any of these strings."""
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
+    """Report log-probabilities of the chosen token and of this many of the most probable ones."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """Tools the model may call; with messages only."""
+    add_generation_prompt: bool | None
+    """With messages only: render the header of the next assistant turn. True by default."""
+    model: str | None
+    request_id: str | None
+    namespace: str | None
+    """Prompts in different namespaces never share cached blocks."""
+    read_cache: bool | None
+    """Reuse cached blocks. True by default."""
+    store_cache: bool | None
+    """Keep what is computed for later requests. True by default."""
+    timeout: float | None
+    """Seconds for the whole call; none by default."""
+
+
+# Those that are fields of Sampling by the same name.
+_SAMPLING = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs"),
+)
+
+
+def generate_request(prompt: Prompt, options: GenerateOptions) -> generation_pb2.GenerateRequest:
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {sorted(unknown)[0]!r}; see GenerateOptions")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    sampling = {name: given[name] for name in _SAMPLING if name in given}
+    if "stop" in given:
+        stop = given["stop"]
+        sampling["stop"] = [stop] if isinstance(stop, str) else list(stop)
+    message = prompt_message(prompt, given.get("tools"), given.get("add_generation_prompt"))
+    try:
+        return generation_pb2.GenerateRequest(
+            model=given.get("model", ""),
+            prompt=message,
+            sampling=generation_pb2.Sampling(**sampling),
+            cache=prompt_pb2.CacheControl(
+                namespace=given.get("namespace", ""),
+                read=given.get("read_cache"),
+                store=given.get("store_cache"),
+            ),
+            request_id=given.get("request_id", ""),
+        )
+    except ValueError as error:  # a number out of its type's range, or half a character
+        raise InvalidArgument(f"an option cannot be sent: {error}") from error
+
+
+def prompt_message(
+    prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool | None = None
+) -> prompt_pb2.Prompt:
+    chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not chat and (tools is not None or add_generation_prompt is not None):
+        raise InvalidArgument("tools and add_generation_prompt belong to messages; send the prompt as messages")
+    try:
+        if isinstance(prompt, str):
+            return prompt_pb2.Prompt(text=prompt)
+        if not chat:
+            return prompt_pb2.Prompt(token_ids=prompt_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]  # no chat
+        return prompt_pb2.Prompt(
+            messages=prompt_pb2.Chat(
+                messages=[_message(turn, position) for position, turn in enumerate(prompt)],
+                tools=[_json(tool) for tool in tools or ()],
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except ValueError as error:
+        raise InvalidArgument(f"the prompt cannot be sent: {error}") from error
+
+
+def _message(turn: object, position: int) -> prompt_pb2.Message:
+    if not isinstance(turn, Mapping):
+        raise InvalidArgument(f"message {position} is a {type(turn).__name__}; every message must be a dict")
+    fields = dict(turn)
+    content = fields.pop("content", None)
+    if content is not None and not isinstance(content, str):
+        raise InvalidArgument(f"the content of message {position} is a {type(content).__name__}; it must be text")
+    calls = [_json(call) for call in fields.pop("tool_calls", None) or ()]
+    known = {name: fields.pop(name, None) for name in ("role", "tool_call_id", "name")}
+    if fields:
+        raise InvalidArgument(f"message {position} has a key {sorted(fields)[0]!r}, which has no meaning here")
+    return prompt_pb2.Message(content=content or "", tool_calls=calls, **known)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    """Return `value` as JSON with the keys in their order, which is part of the prompt."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:
+        raise InvalidArgument(f"a tool or tool call is no JSON: {error}") from error
