@@ -20,6 +20,18 @@ class InvalidArgument(PrefixCacheError):
     status = "INVALID_ARGUMENT"
 
 
+class Unauthenticated(PrefixCacheError):
+    """The server asks who is calling, and what it was shown is nothing it knows."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(PrefixCacheError):
+    """The server knows who is calling, and that caller may not do this."""
+
+    status = "PERMISSION_DENIED"
+
+
 class NotFound(PrefixCacheError):
     """The thing named does not exist here, such as another model."""
 
