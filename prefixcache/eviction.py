@@ -2,7 +2,9 @@
 
 A policy is one function from a node to something sortable; the lowest is evicted
 first. It may look at `last_used` (a counter of cache operations) and `hits` (how
-many matches reused the node). Add one to POLICIES and it can be chosen by name.
+many matches reused the node). Add one to POLICIES and it can be chosen by name. Before
+any policy comes a node's rank: what only a session used that has ended goes first, then
+everything in the order of the priorities that requests asked for.
 
 The queue holds each node at most once and is corrected lazily: a node that is in
 use, gone, or no leaf any more when its turn comes is dropped (it comes back when it
@@ -13,10 +15,10 @@ entry is paid for by the match that made it stale.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from typing import Any
 
+from prefixcache.heap import Heap
 from prefixcache.tree import Node, RadixTree
 
 Policy = Callable[[Node], Any]
@@ -41,51 +43,43 @@ POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "slru": slru}
 
 
 class EvictionQueue:
-    """Unused leaves in the order of a policy."""
+    """Unused leaves in the order of their rank, and of a policy within one."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._heap: list[tuple[Any, int, Node]] = []
-        self._pushed = 0
-        self._gone = 0
+        self._heap: Heap[Node] = Heap()
 
     def push(self, leaf: Node) -> None:
         """Add an unused leaf, if it is not there already."""
-        if not leaf.queued:
-            leaf.queued = True
-            self._push(self._policy(leaf), leaf)
+        if leaf not in self._heap:
+            self._heap.push(self._key(leaf), leaf)
+
+    def demote(self, leaf: Node) -> None:
+        """Say that a leaf has become less valuable, which is not noticed otherwise."""
+        if leaf in self._heap:
+            self._heap.push(self._key(leaf), leaf)
 
     def pop(self) -> Node | None:
         """Take out the leaf to evict first, or None if there is none."""
-        while self._heap:
-            priority, _, node = heapq.heappop(self._heap)
-            if not node.queued:  # removed meanwhile
-                self._gone -= 1
-                continue
+        while (first := self._heap.pop()) is not None:
+            key, node = first
             if not RadixTree.evictable(node):
-                node.queued = False
                 continue
-            current = self._policy(node)
-            if current != priority:
-                self._push(current, node)
-                continue
-            node.queued = False
-            return node
+            current = self._key(node)
+            if current == key:
+                return node
+            self._heap.push(current, node)
         return None
 
-    def removed(self, node: Node) -> None:
-        """A node leaves the tree by another way than `pop`; keeps what is queued in proportion to the tree."""
-        if node.queued:
-            node.queued = False
-            self._gone += 1
-            if self._gone * 2 > len(self._heap):
-                self._heap = [entry for entry in self._heap if entry[2].queued]
-                heapq.heapify(self._heap)
-                self._gone = 0
+    def discard(self, node: Node) -> None:
+        """A node leaves the tree by another way than `pop`."""
+        self._heap.discard(node)
 
-    def _push(self, priority: Any, node: Node) -> None:
-        self._pushed += 1  # breaks ties: the first in is the first out
-        heapq.heappush(self._heap, (priority, self._pushed, node))
+    def _key(self, node: Node) -> tuple[int, Any]:
+        return node.rank, self._policy(node)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._heap
 
     def __len__(self) -> int:
         return len(self._heap)

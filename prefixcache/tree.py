@@ -18,17 +18,22 @@ Recency. A match touches only the node it ends at. What a node's descendants add
 its recency and its hits is added when they are removed: before that a leaf-first
 eviction has no use for it.
 
-A namespace that is cut off (`retire`) while leases end in it lives on outside the
-tree, its nodes with `space` None, until those leases end.
+Pins count like references, apart from them: `Node.pins` is those that end at the node
+plus the children with pins.
+
+What is cut off (`cut`) while leases end in it lives on outside the tree, its nodes with
+`space` None, until those leases end.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from prefixcache.terms import DEFAULT_PRIORITY
 from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, common_tokens
 
 MAX_EDGE_BLOCKS = 1024
@@ -36,10 +41,15 @@ MAX_EDGE_BLOCKS = 1024
 
 
 class Node:
-    """An edge and what lies below it. `blocks` and `edge` always describe the same tokens."""
+    """An edge and what lies below it. `blocks` and `edge` always describe the same tokens.
+
+    `expires` is when it is to be removed, `owner` the session that alone has used it,
+    if one has. `hits` counts the matches that ended here, `value` does so with decay.
+    """
 
     __slots__ = (
-        "blocks", "children", "edge", "hits", "keys", "last_used", "parent", "queued", "refs", "space", "_hashes",
+        "blocks", "children", "edge", "expires", "hits", "keys", "last_used", "owner", "parent", "pins", "priority",
+        "refs", "space", "value", "_hashes",
     )  # fmt: skip
 
     def __init__(self, space: Space | None, parent: Node | None, edge: bytes, blocks: list[int]) -> None:
@@ -52,8 +62,17 @@ class Node:
         self.refs = 0
         self.last_used = 0
         self.hits = 0
-        self.queued = False
+        self.value = 0.0
+        self.pins = 0
+        self.expires = math.inf
+        self.priority = DEFAULT_PRIORITY
+        self.owner: Session | None = None
         self._hashes = b""
+
+    @property
+    def rank(self) -> int:
+        """Lower ranks are evicted first."""
+        return -1 if self.owner is not None and self.owner.ended else self.priority
 
     def hashes(self, block_bytes: int) -> bytes:
         """Return the chained hashes of this node's blocks, 16 bytes each; each is computed once."""
@@ -90,13 +109,44 @@ class Node:
 
 
 @dataclass(eq=False, slots=True)
+class Session:
+    """Requests that belong together, and the nodes that only they have used."""
+
+    name: str
+    space: Space
+    nodes: set[Node] = field(default_factory=set)
+    leases: int = 0
+    ended: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Account:
+    """Whose blocks are counted together: those in the tree, without references and pins, with pins, with only these.
+
+    `limit` is the most blocks it may have in the tree.
+    """
+
+    name: str = ""
+    limit: float = math.inf
+    blocks: int = 0
+    idle: int = 0
+    pinned: int = 0
+    pinned_idle: int = 0
+    evicted: int = 0
+    expired: int = 0
+    invalidated: int = 0
+
+
+@dataclass(eq=False, slots=True)
 class Space:
     """The tree of one namespace, and the leases that are computing something new in it."""
 
     name: str
     root_hash: bytes
+    account: Account = field(default_factory=Account)
     root: Node = field(init=False)
     computing: set[Any] = field(default_factory=set)  # the cache's leases
+    sessions: dict[str, Session] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.root = Node(self, None, b"", [])
@@ -124,10 +174,8 @@ class RadixTree:
 
     def __init__(self, block_size: int) -> None:
         self.block_bytes = block_size * TOKEN_BYTES
-        self.block_count = 0
-        """Blocks in the tree."""
-        self.idle_blocks = 0
-        """Of these, blocks in nodes without references: what can be evicted."""
+        self.total = Account()
+        """Counts over all namespaces."""
 
     # Looking
 
@@ -214,6 +262,12 @@ class RadixTree:
         upper.children[below] = node
         upper.keys.append(below)
         upper.refs = 1 if node.refs else 0
+        upper.pins = 1 if node.pins else 0
+        upper.expires = node.expires
+        upper.priority = node.priority
+        if node.owner is not None:
+            upper.owner = node.owner
+            node.owner.nodes.add(upper)
         upper._hashes = node._hashes[: depth * HASH_BYTES]
         node._hashes = node._hashes[depth * HASH_BYTES :]
         return upper
@@ -225,24 +279,22 @@ class RadixTree:
         node = Node(parent.space, parent, edge, blocks)
         parent.children[key] = node
         insort(parent.keys, key)
-        self.block_count += len(blocks)
-        self.idle_blocks += len(blocks)
+        self._count(parent.space, blocks=len(blocks), idle=len(blocks))
         return node
 
     def grow(self, node: Node, edge: bytes, blocks: list[int]) -> None:
-        """Append to the edge of a referenced leaf."""
-        assert node.refs and not node.children and len(node.edge) % self.block_bytes == 0
+        """Append to the edge of a referenced leaf without pins."""
+        assert node.refs and not node.pins and not node.children and len(node.edge) % self.block_bytes == 0
         node.edge += edge
         node.blocks = node.blocks + blocks
-        self.block_count += len(blocks)
+        self._count(node.space, blocks=len(blocks))
 
     def trim(self, leaf: Node, count: int) -> list[int]:
         """Take the last `count` blocks off an unreferenced leaf, removing it if none is left."""
-        assert not leaf.refs and not leaf.children and 0 < count <= len(leaf.blocks)
+        assert self.evictable(leaf) and 0 < count <= len(leaf.blocks)
         keep = len(leaf.blocks) - count
         removed = leaf.blocks[keep:]
-        self.block_count -= count
-        self.idle_blocks -= count
+        self._count(leaf.space, blocks=-count, idle=-count)
         if keep:
             leaf.edge = leaf.edge[: keep * self.block_bytes]
             leaf.blocks = leaf.blocks[:keep]
@@ -251,53 +303,88 @@ class RadixTree:
             self._unlink(leaf)
         return removed
 
-    def retire(self, space: Space) -> tuple[list[int], int]:
-        """Cut a whole namespace off: nothing in it is found or added to any more.
+    def cut(self, top: Node) -> tuple[list[int], int]:
+        """Cut a node and all below it off, none of it pinned: it is not found or added to any more.
 
         Returns the blocks nobody uses, which are no longer the tree's, and how many
-        are still in use; those leave as their references do (see `release`).
+        are still in use; those leave as their references do (see `release`). The
+        parent loses the reference it has if `top` has any: whoever holds a lease in
+        there must hold the parent before.
         """
+        assert not top.pins
         unused: list[int] = []
-        in_use = 0
-        for node in [space.root, *self.nodes(space.root)]:
+        blocks = in_use = 0
+        space, parent = top.space, top.parent
+        for node in [top, *self.nodes(top)]:
             node.space = None
-            self.block_count -= len(node.blocks)
+            blocks += len(node.blocks)
             if node.refs:
                 in_use += len(node.blocks)
             else:
-                self.idle_blocks -= len(node.blocks)
                 unused += node.blocks
+            self._disown(node)
+        self._count(space, blocks=-blocks, idle=-len(unused))
+        if parent is not None:
+            self._detach(top, parent)
+            if top.refs:
+                self.release(parent)
         return unused, in_use
 
     def _unlink(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None
+        self._detach(node, parent)
+        parent.last_used = max(parent.last_used, node.last_used)
+        parent.priority = max(parent.priority, node.priority)
+        parent.hits += node.hits
+        parent.value += node.value
+        node.space = None
+        self._disown(node)
+
+    def _detach(self, node: Node, parent: Node) -> None:
         key = node.edge[: self.block_bytes]
         del parent.children[key]
         del parent.keys[bisect_left(parent.keys, key)]
-        parent.last_used = max(parent.last_used, node.last_used)
-        parent.hits += node.hits
         node.parent = None
-        node.space = None
+
+    @staticmethod
+    def _disown(node: Node) -> None:
+        if node.owner is not None:
+            node.owner.nodes.discard(node)
+            node.owner = None
+
+    def _count(
+        self, space: Space | None, *, blocks: int = 0, idle: int = 0, pinned: int = 0, pinned_idle: int = 0
+    ) -> None:
+        assert space is not None
+        for account in (self.total, space.account):
+            account.blocks += blocks
+            account.idle += idle
+            account.pinned += pinned
+            account.pinned_idle += pinned_idle
 
     # References
 
     @staticmethod
     def evictable(node: Node) -> bool:
         """Whether a node is an unused leaf of the tree."""
-        return not (node.refs or node.children or node.parent is None or node.space is None)
+        return not (node.refs or node.pins or node.children or node.parent is None or node.space is None)
 
     def acquire(self, node: Node) -> None:
-        """Add a reference to a node."""
+        """Add a reference to a node of the tree."""
         step: Node | None = node
-        woken = 0
+        idle = pinned = 0
         while step is not None:
             step.refs += 1
             if step.refs > 1:
                 break
-            woken += len(step.blocks)
+            if step.pins:
+                pinned += len(step.blocks)
+            else:
+                idle += len(step.blocks)
             step = step.parent
-        self.idle_blocks -= woken
+        if idle or pinned:
+            self._count(node.space, idle=-idle, pinned_idle=-pinned)
 
     def release(self, node: Node) -> tuple[Node | None, list[int]]:
         """Drop a reference of a node.
@@ -308,16 +395,51 @@ class RadixTree:
         assert node.refs > 0
         unused: list[int] = []
         attached = node.space is not None
-        idle = 0
+        idle = pinned = 0
         step: Node | None = node
         while step is not None:
             step.refs -= 1
             if step.refs:
                 break
-            if attached:
-                idle += len(step.blocks)
-            else:
+            if not attached:
                 unused += step.blocks
+            elif step.pins:
+                pinned += len(step.blocks)
+            else:
+                idle += len(step.blocks)
             step = step.parent
-        self.idle_blocks += idle
+        if idle or pinned:
+            self._count(node.space, idle=idle, pinned_idle=pinned)
         return (node if self.evictable(node) else None), unused
+
+    def pin(self, node: Node) -> None:
+        """Add a pin to a node of the tree."""
+        step: Node | None = node
+        pinned = idle = 0
+        while step is not None:
+            step.pins += 1
+            if step.pins > 1:
+                break
+            pinned += len(step.blocks)
+            if not step.refs:
+                idle += len(step.blocks)
+            step = step.parent
+        self._count(node.space, pinned=pinned, idle=-idle, pinned_idle=idle)
+
+    def unpin(self, node: Node) -> list[Node]:
+        """Drop a pin of a node; returns the nodes that have none left."""
+        assert node.pins > 0
+        free: list[Node] = []
+        pinned = idle = 0
+        step: Node | None = node
+        while step is not None:
+            step.pins -= 1
+            if step.pins:
+                break
+            free.append(step)
+            pinned += len(step.blocks)
+            if not step.refs:
+                idle += len(step.blocks)
+            step = step.parent
+        self._count(node.space, pinned=-pinned, idle=idle, pinned_idle=-idle)
+        return free

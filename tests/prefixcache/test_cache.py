@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from prefixcache.cache import BlockSource, CacheStats, Found, Lease, OutOfBlocks, PrefixCache
+from prefixcache.cache import CacheStats, PrefixCache
 from prefixcache.eviction import lfu
+from prefixcache.lease import BlockSource, Found, Lease, OutOfBlocks
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import pack
 
@@ -369,7 +370,7 @@ def test_a_lookup_says_why_no_more_is_cached(cache: PrefixCache, prompt: list[in
     store(cache, tokens_from(0, 8))
     assert cache.lookup(pack(prompt)) == expected
     lease = cache.match(pack(prompt))
-    assert (lease.cached_tokens, lease.reason, lease.position) == expected
+    assert Found(lease.cached_tokens, lease.reason, lease.position) == expected
     lease.release()
 
 
@@ -531,7 +532,7 @@ def test_a_detached_lease_can_be_used_to_the_end(cache: PrefixCache) -> None:
     assert lease.blocks[:4] == blocks and cached(cache, tokens) == 0
     cache.check()
     lease.release(pack([1, 2]))
-    assert cache.stats() == CacheStats(64, 64, 0, 0, 0)
+    assert cache.stats() == CacheStats(64, 64, 0, 0, 0, invalidated=2)
     cache.check()
 
 

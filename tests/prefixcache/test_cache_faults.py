@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from prefixcache.cache import CacheEvent, Lease, OutOfBlocks, PrefixCache, Removed, Stored
+from prefixcache.cache import PrefixCache
 from prefixcache.eviction import POLICIES, lru
+from prefixcache.lease import CacheEvent, Found, Lease, OutOfBlocks, Removed, Stored
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import HASH_BYTES, chain_hashes, pack
 from prefixcache.tree import Node, RadixTree
@@ -454,7 +455,7 @@ def test_nothing_is_shared_between_namespaces(cache: PrefixCache) -> None:
     blocks = store(cache, tokens_from(0, 40), "a")
     for length in (41, 40, 33, 20, 2):
         prompt = pack(tokens_from(0, length))
-        assert cache.lookup(prompt, "b") == (0, MissReason.NEVER_SEEN, 0)
+        assert cache.lookup(prompt, "b") == Found(0, MissReason.NEVER_SEEN, 0)
         lease = cache.match(prompt, "b")
         assert (lease.blocks, lease.cached_tokens, lease.source) == ([], 0, None)
         lease.release()

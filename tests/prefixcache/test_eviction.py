@@ -77,7 +77,7 @@ def test_a_leaf_in_use_is_passed_over_and_comes_back_by_being_pushed(tree: Radix
     node = leaf(tree, root, 1, last_used=1)
     queue.push(node)
     tree.acquire(node)
-    assert queue.pop() is None and not node.queued
+    assert queue.pop() is None and node not in queue
     tree.release(node)
     queue.push(node)
     assert queue.pop() is node
@@ -115,7 +115,7 @@ def test_what_was_removed_otherwise_is_never_returned_and_does_not_pile_up(tree:
     for number in range(100, 1_100):
         node = leaf(tree, root, number, last_used=number)
         queue.push(node)
-        queue.removed(node)
+        queue.discard(node)
         tree.trim(node, 1)
         assert len(queue) <= 2 * (len(kept) + 1)
     assert drain(queue, tree) == list(range(5))
@@ -125,5 +125,5 @@ def test_removing_what_is_not_queued_changes_nothing(tree: RadixTree, root: Node
     """Inner nodes and leaves in use may be reported as removed, too."""
     queue = EvictionQueue(lru)
     queue.push(leaf(tree, root, 1, last_used=1))
-    queue.removed(leaf(tree, root, 2, last_used=2))
+    queue.discard(leaf(tree, root, 2, last_used=2))
     assert len(queue) == 1 and drain(queue, tree) == [1]

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefixcache.cache import CacheEvent, Lease, OutOfBlocks, PrefixCache, Removed, Stored
+from prefixcache.cache import PrefixCache
 from prefixcache.eviction import POLICIES
+from prefixcache.lease import CacheEvent, Found, Lease, OutOfBlocks, Removed, Stored
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import HASH_BYTES, pack
 from prefixcache.tree import MAX_EDGE_BLOCKS
@@ -173,7 +174,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not read:
             assert (cached, reason, lease.blocks, lease.source) == (0, MissReason.BYPASSED, [], None)
         else:
-            assert found == (cached, reason, lease.position), "a lookup promised something else"
+            assert found == Found(cached, reason, lease.position), "a lookup promised something else"
             self.check_found(namespace, tokens, cached, reason)
         whole, rest = divmod(cached, self.size)
         assert lease.shared == len(lease.blocks) == whole

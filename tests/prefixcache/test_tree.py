@@ -76,7 +76,7 @@ def test_a_split_keeps_the_lower_node_and_all_that_is_known_of_it(tree: RadixTre
     assert upper.hashes(BYTES) + node.hashes(BYTES) == hashes
     assert find(tree, space, [1, 1, 2, 2, 3, 3, 4, 4]).blocks == before
     tree.release(child)
-    assert tree.idle_blocks == tree.block_count == 4
+    assert tree.total.idle == tree.total.blocks == 4
 
 
 def test_the_partly_matching_block_is_the_best_of_all_children(tree: RadixTree, space: Space) -> None:
@@ -120,17 +120,17 @@ def test_references_reach_every_ancestor_once(tree: RadixTree, space: Space) -> 
     upper = tree.insert(space.root, pack([1, 1]), [0])
     left = tree.insert(upper, pack([2, 2, 3, 3]), [1, 2])
     right = tree.insert(upper, pack([4, 4]), [3])
-    assert tree.idle_blocks == 4
+    assert tree.total.idle == 4
     tree.acquire(left)
     tree.acquire(left)
     tree.acquire(right)
     assert (left.refs, right.refs, upper.refs, space.root.refs) == (2, 1, 2, 1)
-    assert tree.idle_blocks == 0
+    assert tree.total.idle == 0
     assert tree.release(left) == (None, [])
     assert tree.release(left) == (left, [])
-    assert (upper.refs, tree.idle_blocks) == (1, 2)
+    assert (upper.refs, tree.total.idle) == (1, 2)
     assert tree.release(right) == (right, [])
-    assert (upper.refs, space.root.refs, tree.idle_blocks) == (0, 0, 4)
+    assert (upper.refs, space.root.refs, tree.total.idle) == (0, 0, 4)
 
 
 def test_trimming_takes_the_end_of_a_leaf(tree: RadixTree, space: Space) -> None:
@@ -140,7 +140,7 @@ def test_trimming_takes_the_end_of_a_leaf(tree: RadixTree, space: Space) -> None
     hashes = leaf.hashes(BYTES)
     assert tree.trim(leaf, 2) == [2, 3]
     assert (leaf.blocks, leaf.edge, leaf.hashes(BYTES)) == ([1], pack([2, 2]), hashes[:HASH_BYTES])
-    assert tree.block_count == tree.idle_blocks == 2
+    assert tree.total.blocks == tree.total.idle == 2
     assert tree.trim(leaf, 1) == [1]
     assert not upper.children and not upper.keys
     assert RadixTree.evictable(upper) and not RadixTree.evictable(leaf)
@@ -162,11 +162,11 @@ def test_a_retired_space_gives_up_what_is_unused_at_once_and_the_rest_later(tree
     used = tree.insert(upper, pack([2, 2]), [1])
     tree.insert(upper, pack([3, 3]), [2])
     tree.acquire(used)
-    unused, in_use = tree.retire(space)
+    unused, in_use = tree.cut(space.root)
     assert (unused, in_use) == ([2], 2)
-    assert tree.block_count == tree.idle_blocks == 0
+    assert tree.total.blocks == tree.total.idle == 0
     assert tree.release(used) == (None, [1, 0])
-    assert tree.idle_blocks == 0
+    assert tree.total.idle == 0
 
 
 def test_hashes_are_chained_along_the_path_and_computed_as_far_as_asked(tree: RadixTree, space: Space) -> None:
