@@ -39,7 +39,8 @@ class StepRunner(Protocol):
 class EngineLoop:
     """Runs steps while there is work and sleeps while there is none.
 
-    At most `max_queue` requests may wait besides those that can run at once.
+    At most `max_queue` requests may wait besides those that can run at once; background
+    requests do not count.
     `on_death` is called on the engine thread, once, after every request was told.
     """
 
@@ -60,6 +61,7 @@ class EngineLoop:
         self._started = False
         self._lock = threading.Lock()  # guards the fields below
         self._open: set[Request] = set()
+        self._live = 0  # how many of them are not in the background
         self._refusing: str | None = None
         self._stopping = False
         self._last_finish = clock()
@@ -96,15 +98,16 @@ class EngineLoop:
         with self._lock:
             if self._refusing is not None:
                 raise Unavailable(self._refusing)
-            if len(self._open) >= self._limit:
+            if self._live >= self._limit and not request.background:
                 wait = min(max(self._finish_interval, 0.05), 30.0)
                 raise ResourceExhausted(
-                    f"the queue is full ({len(self._open)} requests are waiting or running): "
+                    f"the queue is full ({self._live} requests are waiting or running): "
                     f"try again in {wait:.2f} seconds",
                     retry_after=wait,
                 )
             request.sink = sink
             self._open.add(request)
+            self._live += not request.background
         self._inbox.put(lambda: self._scheduler.submit(request))
 
     def abort(self, request: Request, error: PrefixCacheError | None = None) -> None:
@@ -194,7 +197,8 @@ class EngineLoop:
             if request not in self._open:
                 return False
             self._open.remove(request)
-            if finished:
+            self._live -= not request.background
+            if finished and not request.background:
                 now = clock()
                 interval = min(now - self._last_finish, 5.0)  # a pause says nothing about a busy time
                 self._finish_interval += (interval - self._finish_interval) / 8

@@ -23,6 +23,10 @@ Progress wins over the limit: prompts get at least SHARE of the time that the st
 the same step take, even if these alone take longer than the limit (a busy machine, a
 large model), and at least MIN_TOKENS of a step.
 
+A background prompt, which nobody waits for, is computed in much shorter steps, since a
+live request that arrives waits for the end of one: at least BACKGROUND_TOKENS in each and
+then for BACKGROUND_SHARE of its time, or, with nobody streaming, up to a limit of its own.
+
 Pure arithmetic: no clock, no randomness. Planning a step with streams and prompts costs
 some 40 microseconds, observing a step about one.
 """
@@ -41,6 +45,10 @@ AIM = 0.9
 """The share of the limit that is planned for; the rest is for noise and for STRETCH."""
 SHARE = 0.5
 """Prompts get at least so much time as a share of what the streams in the same step take."""
+BACKGROUND_TOKENS = 8
+"""The least of a background prompt that a step takes."""
+BACKGROUND_SHARE = 0.25
+"""A background prompt gets so much more time as a share of what a step takes that computes the least of it."""
 STRETCH = 1 / 8
 """By how large a share a chunk may exceed the plan to end with its prompt or a block."""
 TRUST = 2.0
@@ -112,11 +120,13 @@ class Pace:
 
     `max_pause` is the limit in seconds for a step with streams, 0 for none; `max_tokens`
     the most tokens of any step, which must leave one to the first prompt of each;
-    `block_size` where chunks end when they can.
+    `block_size` where chunks end when they can. `background_pause` is the limit in
+    seconds for a step with nothing but a background prompt.
     """
 
-    def __init__(self, max_pause: float, max_tokens: int, block_size: int) -> None:
+    def __init__(self, max_pause: float, max_tokens: int, block_size: int, background_pause: float = 0.02) -> None:
         self._limit = max_pause
+        self._background_limit = background_pause
         self._max_tokens = max_tokens
         self._block_size = block_size
         self._steps = 0
@@ -140,11 +150,21 @@ class Pace:
             if not load.prompt_rows:
                 room = max(room, MIN_TOKENS)
             room = min(room, most)
-        stretched = min(room + int(room * STRETCH), most)
+        if rest > _stretched(room, most) and room < min(self._block_size, MIN_TOKENS) and load.prompt_rows:
+            return 0  # not worth a chunk
+        return self._cut(start, rest, room, most)
+
+    def background_chunk(self, load: Load, start: int, rest: int) -> int:
+        """Return what `chunk` does for a background prompt, the only one in a step of `load`; 0 if no row is left."""
+        most = self._max_tokens - load.rows
+        room = min(max(self._background_room(load, start), BACKGROUND_TOKENS), most)
+        return self._cut(start, rest, room, most)
+
+    def _cut(self, start: int, rest: int, room: int, most: int) -> int:
+        """Return about `room` tokens, at most `most`, such that a prompt is cut where it does no harm."""
+        stretched = _stretched(room, most)
         if rest <= stretched:
             return rest
-        if room < min(self._block_size, MIN_TOKENS) and load.prompt_rows:
-            return 0  # not worth a chunk
         if rest - room < MIN_TOKENS and room >= 2 * MIN_TOKENS:
             room = stretched = rest - MIN_TOKENS  # the last step costs the same for so many
         nearest = start + min(room + self._block_size // 2, stretched)
@@ -153,7 +173,7 @@ class Pace:
 
     def observe(self, load: Load, seconds: float) -> None:
         """Learn what a step took. Steps without rows, or of less than a microsecond, are ignored."""
-        if seconds < 1e-6 or not load.rows or not self._limit:
+        if seconds < 1e-6 or not load.rows:
             return
         self._steps += 1
         features, kind = load.features, load.kind
@@ -170,9 +190,28 @@ class Pace:
         if not self._steps:
             return 0
         self._fit()
+        aim = max(self._limit * AIM / self._correction, self._streams_seconds(load) * (1 + SHARE))
+        return self._room_within(aim, load, start)
+
+    def _background_room(self, load: Load, start: int) -> int:
+        """Return how many tokens of a background prompt fit below its limit or into its share; may be 0."""
+        if not self._steps:
+            return 0
+        self._fit()
+        _, per_row, _, _ = self._costs
+        # Of the least that it takes, so that chunks grow until it shows what a row costs and what a step does.
+        aim = (self._streams_seconds(load) + per_row * BACKGROUND_TOKENS) * (1 + BACKGROUND_SHARE)
+        if not load.stream_rows:
+            aim = max(aim, self._background_limit * AIM / self._correction)
+        return self._room_within(aim, load, start)
+
+    def _streams_seconds(self, load: Load) -> float:
+        """What a step would take with nothing but its streams."""
+        return self._fitted_seconds((1.0, float(load.stream_rows), 0.0, float(load.stream_keys)))
+
+    def _room_within(self, aim: float, load: Load, start: int) -> int:
+        """Return how many tokens from position `start` on bring a step of `load` to `aim` seconds, as fitted."""
         _, per_row, per_key, _ = self._costs
-        streams = self._fitted_seconds((1.0, float(load.stream_rows), 0.0, float(load.stream_keys)))
-        aim = max(self._limit * AIM / self._correction, streams * (1 + SHARE))
         expected = _longest(aim - self._fitted_seconds(load.features), per_row + per_key * start, per_key)
         trusted = self._trusted(aim * self._correction * TRUST, load, start)
         return int(min(expected, trusted, self._max_tokens))
@@ -229,6 +268,10 @@ class Pace:
 
     def _fitted_seconds(self, features: Features) -> float:
         return sum(map(float.__mul__, self._costs, features))
+
+
+def _stretched(room: int, most: int) -> int:
+    return min(room + int(room * STRETCH), most)
 
 
 def _longest(spare: float, first: float, growth: float) -> float:

@@ -19,6 +19,12 @@ Memory. All blocks of a prompt are allocated at admission, so a prefill never st
 half way. When a decoding request needs a block and none can be had, the youngest
 running request is preempted: its computed blocks stay cached while there is room,
 and it goes back to the head of the queue.
+
+Background requests have a queue of their own. One at a time is computed, in steps in
+which no live request waits and no live prompt is computed, and so little of it that
+a live one that arrives then hardly waits. It is the first to give its blocks up, also
+for an admission. When a live request waits for what it computes it is no longer in the
+background: until its end it is treated like a live one.
 """
 
 from __future__ import annotations
@@ -41,8 +47,15 @@ from engine.request import (
     Timings,
     Usage,
 )
-from prefixcache.cache import CacheStats, Found, Lease, OutOfBlocks, PrefixCache
-from prefixcache.errors import DeadlineExceeded, InvalidArgument, PrefixCacheError
+from prefixcache.cache import CacheStats, PrefixCache
+from prefixcache.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    PrefixCacheError,
+    ResourceExhausted,
+)
+from prefixcache.lease import Found, Lease, OutOfBlocks
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import TOKEN_BYTES, pack
 
@@ -86,7 +99,10 @@ class Step:
 
 @dataclass(slots=True)
 class Totals:
-    """Counters since the start. Token counts are taken once, at first admission."""
+    """Counters since the start. Token counts are taken once, at first admission.
+
+    Background requests count in the last two only, which are taken when they end.
+    """
 
     admitted: int = 0
     finished: int = 0
@@ -98,15 +114,18 @@ class Totals:
     recomputed_tokens: int = 0
     generated_tokens: int = 0
     miss_reasons: Counter[MissReason] = field(default_factory=Counter)
+    warmed_prompts: int = 0
+    warmed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for people and monitors."""
+    """A snapshot for people and monitors. `background` requests are not among those waiting and running."""
 
     cache: CacheStats
     waiting: int
     running: int
+    background: int
     totals: Totals
 
 
@@ -115,7 +134,8 @@ class Scheduler:
 
     `max_length` is the model's limit on prompt plus output, `max_batch_tokens` the
     most tokens of one step, `eos` the token ids that end an output. `max_pause` is how
-    many seconds a step with prompts may take while anybody decodes, 0 for any.
+    many seconds a step with prompts may take while anybody decodes, 0 for any, and
+    `background_pause` a step with nothing but a background prompt.
     """
 
     def __init__(
@@ -127,6 +147,7 @@ class Scheduler:
         max_running: int,
         eos: frozenset[int],
         max_pause: float = 0.0,
+        background_pause: float = 0.02,
     ) -> None:
         if max_batch_tokens < max_running:
             raise InvalidArgument(
@@ -136,10 +157,12 @@ class Scheduler:
         self.cache = cache
         self.max_running = max_running
         self._max_length = max_length
-        self._pace = Pace(max_pause, max_batch_tokens, cache.block_size)
+        self._pace = Pace(max_pause, max_batch_tokens, cache.block_size, background_pause)
         self._eos = eos
         self._waiting: list[Request] = []
         self._running: list[Request] = []  # oldest admission first
+        self._later: list[Request] = []  # background requests that wait
+        self._background: Request | None = None  # the one that is computed, unless it is among those running
         self._deadlines: list[tuple[float, int, Request]] = []
         self._totals = Totals()
 
@@ -147,7 +170,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not (self._waiting or self._running or self._later or self._background)
 
     @property
     def waiting(self) -> int:
@@ -169,14 +192,19 @@ class Scheduler:
             )
 
     def submit(self, request: Request) -> None:
-        """Put a validated request at the end of the queue."""
+        """Put a validated request at the end of its queue."""
         params = request.params
-        wanted = self._max_length if params.max_tokens is None else len(request.prompt) + params.max_tokens
-        # The last token's keys and values are never needed, hence one more than the pool holds.
-        request.max_length = min(wanted, self._max_length, self._pool_tokens + 1)
-        self._waiting.append(request)
+        if request.background:
+            request.max_length = len(request.prompt)
+            self._later.append(request)
+        else:
+            wanted = self._max_length if params.max_tokens is None else len(request.prompt) + params.max_tokens
+            # The last token's keys and values are never needed, hence one more than the pool holds.
+            request.max_length = min(wanted, self._max_length, self._pool_tokens + 1)
+            self._waiting.append(request)
         if request.deadline is not None:
-            if len(self._deadlines) > 2 * (len(self._waiting) + len(self._running)):  # mostly of ended requests
+            alive = len(self._waiting) + len(self._running) + len(self._later) + 1
+            if len(self._deadlines) > 2 * alive:  # mostly of ended requests
                 self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.FINISHED]
                 heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (request.deadline, id(request), request))
@@ -187,7 +215,7 @@ class Scheduler:
         With `error`, the request is told by a `Failed`; without, it hears nothing more.
         """
         if self._end(request):
-            self._totals.aborted += 1
+            self._totals.aborted += not request.background
             if error is not None:
                 request.sink(Failed(error))
 
@@ -204,9 +232,15 @@ class Scheduler:
         """What a request with this prompt would find now."""
         return self.cache.lookup(pack(prompt), namespace)
 
+    def cached(self, prompt: Sequence[int], namespace: str) -> int:
+        """How many of a prompt's tokens are cached from its beginning; unlike in a lookup, the last one counts too."""
+        return self.cache.lookup(pack([*prompt, 0]), namespace).cached_tokens  # the last token of all is never matched
+
     def stats(self) -> EngineStats:
         totals = replace(self._totals, miss_reasons=Counter(self._totals.miss_reasons))
-        return EngineStats(self.cache.stats(), len(self._waiting), len(self._running), totals)
+        promoted = sum(request.background for request in self._running)
+        background = len(self._later) + promoted + (self._background is not None)
+        return EngineStats(self.cache.stats(), len(self._waiting), len(self._running) - promoted, background, totals)
 
     # The step
 
@@ -214,26 +248,27 @@ class Scheduler:
         """Plan the next step, or return None if nothing can be computed."""
         self._expire(now)
         self._grow()
+        cached: dict[Request, int] = {}
+        self._promote(cached)
         chunks: list[Chunk] = []
         copies: list[BlockCopy] = []
-        prefilling: Request | None = None  # never two, since nobody is admitted behind a prompt that is cut
+        # At most one and a promoted one, since nobody is admitted behind a prompt that is cut.
+        prefilling: list[Request] = []
         keys = 0
         for request in self._running:
             tokens = request.tokens
             length = len(tokens)
-            if length - request.computed == 1:
+            if length - request.computed == 1 and not request.background:
                 assert request.lease is not None
                 chunks.append(Chunk(request, length - 1, tokens[-1:], request.lease.blocks, True))
                 keys += length
             else:
-                assert prefilling is None
-                prefilling = request
+                prefilling.append(request)
         load = Load(stream_rows=len(chunks), stream_keys=keys)
         full = False
-        if prefilling is not None:
-            room = self._room_for(prefilling, prefilling.computed, load)
-            full = not self._add_chunk(prefilling, room, chunks, load)
-        cached: dict[Request, int] = {}
+        for request in prefilling:
+            room = 0 if full else self._room_for(request, request.computed, load)
+            full = not room or not self._add_chunk(request, room, chunks, load)
         while not full and len(self._running) < self.max_running:
             admitted = self._next_waiting(cached)
             if admitted is None:
@@ -243,6 +278,8 @@ class Scheduler:
                 break
             self._admit(admitted, now, copies)
             full = not self._add_chunk(admitted, room, chunks, load)
+        if not self._waiting and not load.prompt_rows:
+            self._add_background(now, chunks, copies, load)
         return Step(chunks, copies, load) if chunks else None
 
     def commit(self, step: Step, sampled: Sequence[Sampled | None], now: float, seconds: float) -> None:
@@ -263,6 +300,9 @@ class Scheduler:
                 self._commit_blocks(request, lease)
             if sample is not None:
                 self._book(request, sample, now)
+            elif request.background and computed == len(request.tokens):
+                request.first_token_at = now
+                self._finish(request, now, None)
 
     # Parts of the above
 
@@ -277,6 +317,8 @@ class Scheduler:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, request = heapq.heappop(self._deadlines)
             where = "in the queue" if request.state is State.WAITING else f"after {len(request.output)} tokens"
+            if request.background:
+                where = f"when {request.computed} of {len(request.tokens)} tokens were computed"
             self.abort(request, DeadlineExceeded(f"the deadline passed {where}: allow more time or send less"))
 
     def _grow(self) -> None:
@@ -294,7 +336,29 @@ class Scheduler:
                     self.cache.allocate(lease, missing, room=self._room(request))
                     missing = 0
                 except OutOfBlocks:
-                    self._preempt(self._running[-1])
+                    self._preempt(self._background or self._running[-1])
+
+    def _promote(self, cached: dict[Request, int]) -> None:
+        """Treat the background request like a live one from now on if one of those admitted next waits for its blocks.
+
+        `cached` remembers within one step how many tokens of whom are cached.
+        """
+        background = self._background
+        if background is None:
+            return
+        for request in self._waiting[:WINDOW]:
+            tokens = cached[request] = self._cached_tokens(request)
+            if self._computed_by_another(request, tokens) and self._wants(request, tokens, background):
+                self._background = None
+                self._running.append(background)
+                return
+
+    def _wants(self, request: Request, cached: int, other: Request) -> bool:
+        """Whether the next block of a request, `cached` tokens of which are cached, is one that another computes."""
+        assert other.lease is not None
+        block = cached // self.cache.block_size
+        wanted = request.packed[: (block + 1) * self.cache.block_bytes]
+        return request.namespace == other.namespace and other.lease.shared <= block and other.packed.startswith(wanted)
 
     def _room(self, request: Request) -> int:
         final = self._blocks_for(request.max_length - 1)
@@ -309,15 +373,41 @@ class Scheduler:
         assert request.lease is not None
         start, total = request.computed, len(request.tokens)
         end = min(start + room, total)
-        chunks.append(Chunk(request, start, request.tokens[start:end], request.lease.blocks, end == total))
+        sample = end == total and not request.background
+        chunks.append(Chunk(request, start, request.tokens[start:end], request.lease.blocks, sample))
         load.add_prompt(start, end - start)
         return end == total
 
-    def _next_waiting(self, cached: dict[Request, int]) -> Request | None:
-        """Choose who is admitted next, or nobody.
+    def _add_background(self, now: float, chunks: list[Chunk], copies: list[BlockCopy], load: Load) -> None:
+        """Add some of a background request to a step without live prompts, of the next one if none has begun."""
+        if self._background is not None and self._background.lease is not None and self._background.lease.detached:
+            self.abort(self._background, FailedPrecondition("the prompt was invalidated while it was being computed"))
+        if self._background is None:
+            self._background = self._next_background(idle=not chunks)
+            if self._background is None:
+                return
+            self._later.remove(self._background)
+            self._begin(self._background, now, copies)
+        request = self._background
+        start, rest = request.computed, len(request.tokens) - request.computed
+        room = self._pace.background_chunk(load, start, rest)
+        if room > 0:
+            self._add_chunk(request, room, chunks, load)
 
-        `cached` remembers within one step how many tokens of whom are cached.
-        """
+    def _next_background(self, *, idle: bool) -> Request | None:
+        """Choose which background request begins, or none; if nothing else runs, fail what can never begin."""
+        for request in self._later[: None if idle else WINDOW]:
+            if self._computed_by_another(request, self._cached_tokens(request)):
+                continue
+            if self._fits(request):
+                return request
+            if not idle:
+                return None
+            self.abort(request, ResourceExhausted("there is no room for the prompt beside what is kept in the cache"))
+        return None
+
+    def _next_waiting(self, cached: dict[Request, int]) -> Request | None:
+        """Choose who is admitted next, or nobody; what is in the background gives way to it."""
         best: Request | None = None
         for request in self._waiting[:WINDOW]:
             if request not in cached:
@@ -329,6 +419,8 @@ class Scheduler:
             if request.passed_over >= PATIENCE:
                 best = request
                 break
+        if best is not None and not self._fits(best) and self._background is not None:
+            self._preempt(self._background)
         return best if best is not None and self._fits(best) else None
 
     def _cached_tokens(self, request: Request) -> int:
@@ -347,6 +439,15 @@ class Scheduler:
         return self.cache.fits(request.packed, request.namespace, blocks)
 
     def _admit(self, request: Request, now: float, copies: list[BlockCopy]) -> None:
+        place = self._waiting.index(request)
+        for other in self._waiting[:place]:
+            other.passed_over += 1
+        del self._waiting[place]
+        self._running.append(request)
+        self._begin(request, now, copies)
+
+    def _begin(self, request: Request, now: float, copies: list[BlockCopy]) -> None:
+        """Give a request its blocks."""
         lease = self.cache.match(request.packed, request.namespace, read=request.read)
         missing = self._blocks_for(len(request.tokens)) - lease.shared
         try:
@@ -358,35 +459,43 @@ class Scheduler:
             copies.append(BlockCopy(lease.source.block, lease.blocks[lease.shared], lease.source.tokens))
         if request.store:
             self.cache.announce(lease, request.packed)
-        place = self._waiting.index(request)
-        for other in self._waiting[:place]:
-            other.passed_over += 1
-        del self._waiting[place]
-        self._running.append(request)
         request.state = State.RUNNING
         request.lease = lease
         again = max(request.computed - lease.cached_tokens, 0)
         request.recomputed += again
-        self._totals.recomputed_tokens += again
         request.computed = lease.cached_tokens
         if request.started is None:
             request.admitted_at = now
             started = Started(len(request.prompt), lease.cached_tokens, lease.reason, lease.position)
             request.started = started
-            self._totals.admitted += 1
-            self._totals.prompt_tokens += started.prompt_tokens
-            self._totals.cached_tokens += started.cached_tokens
-            self._totals.miss_reasons[started.reason] += 1
+            if not request.background:
+                self._totals.admitted += 1
+                self._totals.prompt_tokens += started.prompt_tokens
+                self._totals.cached_tokens += started.cached_tokens
+                self._totals.miss_reasons[started.reason] += 1
             request.sink(started)
+        if not request.background:
+            self._totals.recomputed_tokens += again
 
     def _preempt(self, request: Request) -> None:
-        self._running.remove(request)
+        """Put a request that is computed back to the head of its queue."""
+        self._leave(request)
         self._release(request)
         request.state = State.WAITING
+        if request.background:
+            self._later.insert(0, request)
+            return
         request.packed = pack(request.tokens)
         request.passed_over = PATIENCE
         self._waiting.insert(0, request)
         self._totals.preempted += 1
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of those that are computed."""
+        if request is self._background:
+            self._background = None
+        else:
+            self._running.remove(request)
 
     def _commit_blocks(self, request: Request, lease: Lease) -> None:
         size = self.cache.block_size
@@ -402,9 +511,9 @@ class Scheduler:
         if request.state is State.FINISHED:
             return False
         if request.state is State.WAITING:
-            self._waiting.remove(request)
+            (self._later if request.background else self._waiting).remove(request)
         else:
-            self._running.remove(request)
+            self._leave(request)
             self._release(request)
         request.state = State.FINISHED
         return True
@@ -433,7 +542,12 @@ class Scheduler:
 
     def _finish(self, request: Request, now: float, stop_token: int | None) -> None:
         self._end(request)
-        self._totals.finished += 1
+        if request.background:
+            assert request.started is not None
+            self._totals.warmed_prompts += 1
+            self._totals.warmed_tokens += len(request.prompt) - request.started.cached_tokens
+        else:
+            self._totals.finished += 1
         reason = FinishReason.LENGTH if stop_token is None else FinishReason.STOP
         request.sink(_finished(request, now, reason, len(request.tokens) - len(request.prompt), stop_token))
 
@@ -441,7 +555,7 @@ class Scheduler:
 def _finished(
     request: Request, now: float, reason: FinishReason, completion_tokens: int, stop_token: int | None = None
 ) -> Finished:
-    """What there is to say of a request that has generated something and has ended."""
+    """What there is to say of a request that has generated something, or was computed in the background, and ended."""
     assert request.started is not None and request.first_token_at is not None
     usage = Usage(
         prompt_tokens=request.started.prompt_tokens,
