@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefixcache.errors import FailedPrecondition, InvalidArgument
@@ -42,6 +44,13 @@ Prompt = str | Sequence[int] | Chat
 """Plain text, token ids used as they are, or a conversation."""
 
 
+class Place(NamedTuple):
+    """A place in a prompt's text: `characters` (Unicode code points) of `text` lie before it."""
+
+    text: str
+    characters: int
+
+
 class Tokenizer:
     """A model's own tokenizer and chat template. `vocab_size` is that of the model's embedding."""
 
@@ -58,6 +67,7 @@ class Tokenizer:
         self._backend = pretrained.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        _keep_spaces(self._backend.post_processor)
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
         tokens = self._backend.get_vocab(with_added_tokens=True)
@@ -121,12 +131,29 @@ class Tokenizer:
         assert isinstance(text, str)
         return text
 
+    def locate(self, prompt: Prompt, tokens: int) -> Place:
+        """Return the text of a prompt as the model reads it, and where in it the first `tokens` of its tokens end.
+
+        A conversation is rendered by its template; token ids are decoded, special ones
+        included. A character whose tokens lie on both sides lies behind the place.
+        Tokenizes the prompt again; raises what `encode` raises.
+        """
+        if not isinstance(prompt, str | Chat):
+            ids = list(prompt)
+            text = self.join(ids)
+            return Place(text, _agreement(self.join(ids[:tokens]), text) if tokens < len(ids) else len(text))
+        text = self.render(prompt) if isinstance(prompt, Chat) else prompt
+        offsets = self._backend.encode(text, add_special_tokens=isinstance(prompt, str)).offsets
+        # Special tokens that the tokenizer itself adds stand for no part of the text.
+        behind = (start for start, end in offsets[tokens:] if start < end)
+        return Place(text, next(behind, len(text)) if tokens else 0)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`, without special tokens."""
         return self.join([token for token in ids if not self.silent(token)])
 
     def join(self, ids: list[int]) -> str:
-        """Return the text of `ids`, none of which is silent."""
+        """Return the text of `ids`, with that of special tokens."""
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
@@ -155,6 +182,20 @@ class Tokenizer:
                 f"token id {ids[position]} at position {position} of the prompt is not in the model's "
                 f"vocabulary, which ends at {self.vocab_size - 1}"
             )
+
+
+def _keep_spaces(processor: Any) -> None:
+    """Have a post-processor leave the spaces in front of a word to the word's token; this changes no token id."""
+    if isinstance(processor, processors.Sequence):
+        for part in processor:  # type: ignore[attr-defined]  # the annotations lack it
+            _keep_spaces(part)
+    elif hasattr(processor, "trim_offsets"):
+        processor.trim_offsets = False
+
+
+def _agreement(before: str, text: str) -> int:
+    """Return how many characters at its beginning `text` shares with `before`, which is compared at C speed."""
+    return bisect_left(range(1, len(before) + 1), True, key=lambda end: not text.startswith(before[:end]))
 
 
 def _too_long(tokens: str, limit: int) -> InvalidArgument:

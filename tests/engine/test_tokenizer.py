@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -230,3 +230,92 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
     """Equal for two built alike, different for different vocabularies."""
     assert byte_level().fingerprint() == BYTES.fingerprint()
     assert METASPACE.fingerprint() != SENTENCEPIECE.fingerprint()
+
+
+# The place in the text where tokens end
+
+
+def gpt2_like() -> Tokenizer:
+    """A byte-level vocabulary with merges, whose post-processor keeps spaces out of the offsets of words."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    merges = [("h", "i"), ("Ġ", "hi"), ("Ċ", "Ċ"), ("ð", "Ł"), ("ĻĤ", "Ġ"), ("Ļ", "Ĥ")]
+    words = [*letters, *dict.fromkeys(a + b for a, b in merges)]
+    backend = Backend(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    template = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+    return wrapped(backend, len(words) + 2)
+
+
+def lowercase() -> Tokenizer:
+    """A normalizer changes the text before it is cut into words, and spaces belong to no token."""
+    backend = Backend(models.WordLevel({"<unk>": 0, "a": 1, "hello": 2, "world": 3}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return wrapped(backend, 4)
+
+
+def test_the_place_in_text_is_exact_for_bytes() -> None:
+    """A token per byte behind one without text: characters of several tokens count once all of them are there."""
+    text = "a🙂é b"
+    assert [BYTES.locate(text, tokens) for tokens in range(11)] == [
+        (text, characters) for characters in (0, 0, 1, 1, 1, 1, 2, 2, 3, 4, 5)
+    ]
+
+
+def test_the_place_leaves_spaces_to_the_words_behind_them() -> None:
+    """Spaces and newlines are counted with the tokens they belong to, special tokens at both ends count nothing."""
+    tokenizer, text = gpt2_like(), "hi hi\n\n hi  🙂!"
+    tokens = ["", "hi", " hi", "\n\n", " hi", " ", " ", "", "🙂", "!", ""]
+    assert len(tokenizer.encode(text)) == len(tokens)
+    for count in range(len(tokens) + 1):
+        assert tokenizer.locate(text, count) == (text, len("".join(tokens[:count])))
+
+
+def test_the_place_is_in_the_text_as_it_was_sent() -> None:
+    """Where a normalizer changes the text, the place is in the original, in front of the first word not covered."""
+    text = "HELLO Wörld hello"
+    assert [lowercase().locate(text, tokens)[1] for tokens in range(4)] == [0, 6, 12, len(text)]
+    assert [SENTENCEPIECE.locate("ab 世🙂", tokens)[1] for tokens in range(9)] == [0, 1, 2, 3, 4, 4, 4, 4, 5]
+    assert [METASPACE.locate("ab ab", tokens)[1] for tokens in range(3)] == [0, 2, 5]
+
+
+def test_the_place_in_a_conversation_is_in_what_the_template_renders() -> None:
+    """Special tokens of a template are part of the text, each as long as its name."""
+    chat = Chat([{"role": "user", "content": "hé"}])
+    text = "<|begin|><|user|>hé<|end|><|assistant|>"
+    ends = [0, 9, 17, 18, 18, 19, 26, len(text)]
+    assert [BYTES.locate(chat, tokens) for tokens in range(len(ends))] == [(text, end) for end in ends]
+
+
+@given(st.lists(st.integers(0, embedded.VOCAB_SIZE + 9)), st.integers(0, 60))
+def test_the_place_in_token_ids_is_where_their_texts_agree(ids: list[int], tokens: int) -> None:
+    """Token ids are decoded, special ones included; what comes before the place is in the text of those tokens."""
+    text, characters = BYTES.locate(ids, tokens)
+    assert text == BYTES.join(ids)
+    before = BYTES.join(ids[:tokens])
+    assert text[:characters] == before[:characters]
+    if tokens >= len(ids):
+        assert characters == len(text)
+    elif characters < min(len(before), len(text)):
+        assert before[characters] != text[characters]
+
+
+def test_the_place_in_token_ids_leaves_half_a_character_out() -> None:
+    """A character that the tokens cut lies behind the place, and it is whole in the text."""
+    ids = [258, *"a🙂b".encode()]
+    ends = [0, 10, 11, 11, 11, 11, 12, 13]
+    assert [BYTES.locate(ids, tokens) for tokens in range(len(ends))] == [("<|system|>a🙂b", end) for end in ends]
+
+
+@given(st.text(max_size=30), st.integers(0, 130))
+def test_the_place_of_bytes_is_the_longest_whole_text(text: str, tokens: int) -> None:
+    """For any text it is the longest beginning that the bytes of the tokens contain."""
+    if text:
+        characters = BYTES.locate(text, tokens).characters
+        bytes_before = max(tokens - 1, 0)
+        assert len(text[:characters].encode()) <= bytes_before
+        assert characters == len(text) or len(text[: characters + 1].encode()) > bytes_before
