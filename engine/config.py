@@ -11,16 +11,19 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prefixcache.errors import InvalidArgument
 from prefixcache.eviction import POLICIES
+from prefixcache.hosts import is_loopback
 
 ENV_PREFIX = "PREFIXCACHE_"
 # Read by the client's side of this project, which may well run in the same environment.
-CLIENT_VARIABLES = frozenset({"PREFIXCACHE_ADDRESS"})
+CLIENT_VARIABLES = frozenset(
+    f"PREFIXCACHE_{name}" for name in ("ADDRESS", "TOKEN", "TOKEN_FILE", "TLS", "CA", "CERTIFICATE", "KEY")
+)
 
 EMBEDDED = "embedded"
 EMBEDDED_CACHE_LIMIT = 2 * 2**30
@@ -119,6 +122,26 @@ class EngineConfig(BaseModel):
         default="lru",
         description="Which cached blocks are given up first when room is needed: " + ", ".join(POLICIES) + ".",
     )
+    tenants: str = Field(
+        default="",
+        description="File (TOML) of the tenants who may call, with hashes of their tokens and their quotas; read again "
+        "when it changes. Without it everybody may, and all share one cache. See `prefixcache token`.",
+    )
+    tls_certificate: str = Field(
+        default="",
+        description="File (PEM) of the server's certificate, to encrypt all connections; read again when it changes.",
+    )
+    tls_key: str = Field(default="", description="File (PEM) of the certificate's private key.")
+    tls_client_ca: str = Field(
+        default="",
+        description="File (PEM) of whoever signs the clients' certificates: only clients with such a certificate can "
+        "connect, and its names may stand for a tenant.",
+    )
+    allow_plaintext_tokens: bool = Field(
+        default=False,
+        description="Take tokens from other machines without TLS. Only where something else encrypts the way to here, "
+        "such as a proxy or a service mesh.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least severe message that is logged. 'debug' has a line per request."
     )
@@ -149,6 +172,20 @@ class EngineConfig(BaseModel):
             return text
         raise ValueError("give bytes, such as '512MiB' or '2GB', a share, such as '40%', or 'auto'")
 
+    @model_validator(mode="after")
+    def _safe_way_for_tokens(self) -> Self:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key belong together: give both")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ValueError("tls_client_ca needs TLS: give tls_certificate and tls_key as well")
+        plaintext = not self.tls_certificate and not is_loopback(self.host)
+        if self.tenants and plaintext and not self.allow_plaintext_tokens:
+            raise ValueError(
+                f"tokens would cross the network unencrypted to {self.host}: give tls_certificate and tls_key, or "
+                "allow_plaintext_tokens if something else encrypts the way to here"
+            )
+        return self
+
     def cache_bytes(self, free: int) -> int:
         """Return how many bytes the cache may take when `free` bytes are free on the device."""
         if self.cache_memory == "auto":
@@ -176,7 +213,7 @@ def load(environment: Mapping[str, str] | None = None, **options: object) -> Eng
     given = {name: value for name, value in options.items() if value is not None}
     for name in given:
         if name not in fields:
-            raise InvalidArgument(f"there is no option {name!r}{_closest(name, fields)}")
+            raise InvalidArgument(f"there is no option {name!r}{closest(name, fields)}")
     source = os.environ if environment is None else environment
     for variable, value in source.items():
         if not variable.startswith(ENV_PREFIX) or variable in CLIENT_VARIABLES:
@@ -184,7 +221,7 @@ def load(environment: Mapping[str, str] | None = None, **options: object) -> Eng
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in fields:
             known = {ENV_PREFIX + field.upper(): None for field in fields}
-            raise InvalidArgument(f"{variable} is set, but it is no option{_closest(variable, known)}")
+            raise InvalidArgument(f"{variable} is set, but it is no option{closest(variable, known)}")
         given.setdefault(name, value)
     try:
         return EngineConfig.model_validate(given)
@@ -192,7 +229,8 @@ def load(environment: Mapping[str, str] | None = None, **options: object) -> Eng
         raise InvalidArgument("; ".join(_explain(detail) for detail in error.errors())) from None
 
 
-def _closest(name: str, known: Mapping[str, object]) -> str:
+def closest(name: str, known: Mapping[str, object]) -> str:
+    """Return what to say behind an unknown name: the one that was probably meant, or all there are."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else f". There are: {', '.join(sorted(known))}"
 
@@ -202,4 +240,6 @@ def _explain(detail: Mapping[str, object]) -> str:
     assert isinstance(location, tuple)
     name = ".".join(str(part) for part in location)
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if not name:  # of several options
+        return message
     return f"option {name} cannot be {detail['input']!r}: {message[0].lower()}{message[1:]}"

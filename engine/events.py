@@ -51,6 +51,10 @@ class EventStream:
             self._timer = self._loop.call_later(self._interval, self._release)
         return events
 
+    def left(self, kind: type[Event]) -> int:
+        """Return how many events of a kind have come that `next` has not returned."""
+        return sum(isinstance(event, kind) for event in list(self._posted))
+
     def ring(self) -> None:
         """Say that something has come."""
         self._arrived.set()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import grpc
@@ -12,16 +14,21 @@ import grpc
 from engine.assembly import Engine
 from engine.config import EngineConfig
 from engine.events import EventBridge
+from engine.feed import Feed
+from engine.gate import Gate
 from engine.loop import clock
+from engine.quotas import Quota
 from engine.scheduler import Scheduler
 from engine.tenants import Caller
-from engine.tokenizer import Prompt
-from prefixcache.errors import Unavailable
+from engine.tokenizer import Place, Prompt
+from prefixcache.errors import Unauthenticated, Unavailable
 
 TOKENIZER_THREADS = 2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+
+_CALLER: ContextVar[Caller] = ContextVar("caller")
 
 
 class Front:
@@ -29,7 +36,9 @@ class Front:
 
     def __init__(self, config: EngineConfig) -> None:
         self.bridge = EventBridge(asyncio.get_running_loop())
+        self.feed = Feed(asyncio.get_running_loop(), lambda function: self.engine.loop.call(function))
         self.stream_interval = config.stream_interval_ms / 1000
+        self.gate = Gate(config.tenants, certificates=bool(config.tls_client_ca))
         self.active = 0
         self._engine: Engine | None = None
         self._began = 0.0
@@ -57,14 +66,37 @@ class Front:
         """Seconds since the server began to serve."""
         return clock() - self._began
 
+    def admit(self, context: Context) -> None:
+        """Find out who makes the call that this task answers. Raises Unauthenticated."""
+        try:
+            _CALLER.set(self.gate.caller(context))
+        except Unauthenticated as error:
+            self.gate.refused(error, context.peer(), clock())
+            raise
+
     def caller(self, context: Context) -> Caller:
-        """Who is calling."""
-        return Caller()
+        """Who is calling, as `admit` found out."""
+        return _CALLER.get()
+
+    @contextlib.contextmanager
+    def computing(self, context: Context) -> Iterator[Quota]:
+        """Count a call that makes the engine compute, and yield the quota to charge. Raises ResourceExhausted."""
+        quota = self.gate.quota(self.caller(context))
+        quota.enter(clock())
+        try:
+            yield quota
+        finally:
+            quota.leave()
 
     async def encode(self, prompt: Prompt, limit: int | None = None) -> list[int]:
         """Tokenize off the event loop."""
         tokenizer = self.engine.tokenizer
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.encode, prompt, limit)
+
+    async def locate(self, prompt: Prompt, tokens: int) -> Place:
+        """Find where in a prompt's text its first `tokens` tokens end, off the event loop."""
+        tokenizer = self.engine.tokenizer
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.locate, prompt, tokens)
 
     async def ask(self, function: Callable[[Scheduler], T]) -> T:
         """Run `function` on the engine's thread between two steps, and return what it returns."""

@@ -16,6 +16,7 @@ from engine.assembly import Engine
 from engine.events import EventStream
 from engine.front import Context, Front
 from engine.loop import clock
+from engine.quotas import Quota
 from engine.request import Failed, Finished, Request, Sampled, Started
 from engine.scheduler import Scheduler
 from engine.tokenizer import TextStream
@@ -29,6 +30,10 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         self._front = front
 
     async def Generate(self, message: generation_pb2.GenerateRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
+        with self._front.computing(context) as quota:
+            await self._generate(message, context, quota)
+
+    async def _generate(self, message: generation_pb2.GenerateRequest, context: Context, quota: Quota) -> None:
         front, engine = self._front, self._front.engine
         arrival = clock()
         remaining = context.time_remaining()
@@ -51,7 +56,10 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         front.active += 1
         try:
             engine.loop.submit(request)
-            await _relay(front, engine, request, events, context)
+            await _relay(front, engine, request, events, context, quota)
+        except BaseException:
+            quota.charge(events.left(Sampled), clock())  # what nobody has read was computed all the same
+            raise
         finally:
             front.active -= 1
             engine.loop.abort(request)
@@ -68,16 +76,21 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         return wire.write_model(self._front.engine.served)
 
 
-async def _relay(front: Front, engine: Engine, request: Request, events: EventStream, context: Context) -> None:
+async def _relay(
+    front: Front, engine: Engine, request: Request, events: EventStream, context: Context, quota: Quota
+) -> None:
     """Send a request's events to the caller until the last one. Raises the error of a `Failed`."""
     stream = TextStream(engine.tokenizer, request.params.stop)
     last: Finished | None = None
     while last is None:
         text = ""
         tokens: list[Sampled] = []
-        for event in await events.next():
+        batch = await events.next()
+        quota.charge(sum(isinstance(event, Sampled) for event in batch), clock())
+        for event in batch:
             match event:
                 case Started():
+                    quota.charge(event.prompt_tokens - event.cached_tokens, clock())
                     await context.write(wire.write_started(request.id, event))
                 case Sampled() if stream.stop is None:
                     text += stream.push(event.token)

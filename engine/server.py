@@ -1,8 +1,8 @@
-"""The gRPC server: it starts and ends in order, and turns every error into a status.
+"""The gRPC server: it starts and ends in order.
 
-The calls are in `engine.generation_service` and `engine.cache_service`, conversion and
-checks in `engine.wire`, all computing is on the engine's thread, tokenizing in a few
-threads of its own.
+The calls are in `engine.generation_service` and `engine.cache_service`, what all of them
+pass through in `engine.answers`, conversion and checks in `engine.wire`; all computing is
+on the engine's thread, tokenizing in a few threads of its own.
 
     open port (NOT_SERVING) -> load -> warm up -> SERVING -> drain (NOT_SERVING) -> stop
 """
@@ -13,7 +13,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,19 +22,24 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine import logs, wire
+from engine import logs, tls
+from engine.answers import Answers
 from engine.assembly import Engine, OnDeath, load_engine
 from engine.cache_service import Cache
 from engine.config import EngineConfig
-from engine.front import Context, Front
+from engine.front import Front
 from engine.generation_service import Generation
-from prefixcache.errors import FailedPrecondition, Internal, PrefixCacheError
+from engine.scheduler import Scheduler
+from prefixcache.errors import FailedPrecondition, Unavailable
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 # How long calls that have got their last event may take to send it, and how long
 # everything else may take then, such as a health check that watches for ever.
 FAREWELL_SECONDS = 5.0
 GRACE_SECONDS = 0.5
+
+# How often the file of tenants is looked at; one that has changed is read at the second look.
+FOLLOW_SECONDS = 0.5
 
 GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 CACHE = cache_pb2.DESCRIPTOR.services_by_name["CacheService"].full_name
@@ -55,9 +60,10 @@ class Server:
         self._config = config
         self._load = load
         self._computing = ThreadPoolExecutor(1, "engine")
+        self._following: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
-            interceptors=[_Answers()],
+            interceptors=[Answers(self.front)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -79,15 +85,12 @@ class Server:
     async def start(self) -> None:
         """Open the port, load and warm up the engine, and serve.
 
-        Raises FailedPrecondition if the port cannot be had, and what loading raises.
+        Raises FailedPrecondition if the port cannot be had, InvalidArgument if the files of
+        tenants or TLS are of no use, and what loading raises.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        try:
-            self.port = self._grpc.add_insecure_port(self.address)
-        except RuntimeError as error:
-            raise FailedPrecondition(
-                f"cannot listen on {self.address}: is another server running there? Choose another --port or --host"
-            ) from error
+        self.front.gate.open()
+        self._open_port()
         await self._grpc.start()
         running = asyncio.get_running_loop()
 
@@ -98,6 +101,9 @@ class Server:
         engine = await running.run_in_executor(self._computing, self._load, self._config, on_death)
         engine.loop.start(self._computing)
         self.front.open(engine)
+        await self._limit_tenants()
+        if self._config.tenants:
+            self._following = asyncio.create_task(self._follow_tenants())
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         tokens = engine.blocks * engine.served.block_size
         log.info(
@@ -109,6 +115,8 @@ class Server:
             block_size=engine.served.block_size,
             cache_bytes=engine.blocks * engine.bytes_per_block,
             max_length=engine.served.max_length,
+            tls=bool(self._config.tls_certificate),
+            tenants=len(self.front.gate.tenants),
         )
 
     async def drain(self, seconds: float) -> bool:
@@ -125,10 +133,60 @@ class Server:
         await self._health.enter_graceful_shutdown()
         if self.front.loaded is not None:
             await asyncio.to_thread(self.front.loaded.loop.stop)
+        self.front.feed.close()
         await self.front.wait_for_callers(FAREWELL_SECONDS)
+        if self._following is not None:
+            self._following.cancel()
         await self._grpc.stop(GRACE_SECONDS)
         self.front.close()
         self._computing.shutdown(wait=False)
+
+    async def reload_tenants(self) -> None:
+        """Read the file of tenants again, now. What cannot be used is logged, and the old one stays in force.
+
+        What a tenant that is gone has cached is forgotten: nobody could reach it any more.
+        """
+        gone = self.front.gate.reload()
+        if gone is not None and self.front.loaded is not None:
+            await self._limit_tenants(gone)
+
+    def _open_port(self) -> None:
+        credentials = tls.server_credentials(self._config)
+        try:
+            if credentials is None:
+                self.port = self._grpc.add_insecure_port(self.address)
+            else:
+                self.port = self._grpc.add_secure_port(self.address, credentials)
+        except RuntimeError as error:
+            raise FailedPrecondition(
+                f"cannot listen on {self.address}: is another server running there? Choose another --port or --host"
+            ) from error
+
+    async def _limit_tenants(self, gone: Sequence[str] = ()) -> None:
+        """Tell the cache how many blocks each tenant may have cached, and to forget those who are gone."""
+        limits = {tenant.name: tenant.limits.blocks_of(self.front.engine.blocks) for tenant in self.front.gate.tenants}
+
+        def apply(scheduler: Scheduler) -> None:
+            for name in gone:
+                scheduler.cache.limit(name, None)
+                scheduler.cache.invalidate_account(name)
+            for name, blocks in limits.items():
+                scheduler.cache.limit(name, blocks)
+
+        if limits:
+            await self.front.ask(apply)
+
+    async def _follow_tenants(self) -> None:
+        """Read the file of tenants again whenever it has changed, until the engine ends."""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                if self.front.gate.changed():
+                    await self.reload_tenants()
+            except Unavailable:
+                return
+            except Exception:
+                log.exception("following the file of tenants failed because of a bug; it goes on")
 
     def _bury(self, reason: BaseException) -> None:
         if not self.died.done():
@@ -139,57 +197,11 @@ class Server:
             await self._health.set(service, status)
 
 
-class _Answers(grpc.aio.ServerInterceptor):
-    """Turns every error of a handler, and requests that cannot be read, into the status they travel as."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            return handler
-        deserialize = handler.request_deserializer
-
-        def read(data: bytes) -> Any:
-            try:
-                return deserialize(data)
-            except Exception as error:  # noqa: BLE001 - raised again by `_answered`, where it can become a status
-                return wire.unreadable(handler_call_details.method, error)
-
-        if handler.response_streaming:
-            return handler._replace(request_deserializer=read, unary_stream=_answered(handler.unary_stream))
-        return handler._replace(request_deserializer=read, unary_unary=_answered(handler.unary_unary))
-
-
-def _answered(handle: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
-    async def answered(message: Any, context: Context) -> Any:
-        try:
-            if isinstance(message, PrefixCacheError):
-                raise message
-            return await handle(message, context)
-        except PrefixCacheError as error:
-            await _refuse(context, error)
-        except Exception as error:
-            if isinstance(error, grpc.aio.AbortError) or context.done():
-                raise
-            log.exception("a call failed because of a bug")
-            await _refuse(context, Internal("the server has a bug; its log says more"))
-
-    return answered
-
-
-async def _refuse(context: Context, error: PrefixCacheError) -> None:
-    status = wire.status_of(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
-
-
 async def serve(config: EngineConfig, load: Load = load_engine) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit code: 0, or 1 if the engine failed.
 
     The first signal drains; the second, or one while the model is being loaded, ends the
-    process at once. Raises what `Server.start` raises.
+    process at once. SIGHUP reads the file of tenants again. Raises what `Server.start` raises.
     """
     logs.configure(config)
     server = Server(config, load)
@@ -205,6 +217,8 @@ async def serve(config: EngineConfig, load: Load = load_engine) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    if config.tenants:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.front.gate.expire)
     try:
         await server.start()
         ready = True
