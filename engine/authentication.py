@@ -26,10 +26,8 @@ from typing import Any
 from engine.config import closest
 from engine.tenants import Caller
 from prefixcache.errors import InvalidArgument, Unauthenticated
+from prefixcache.names import TENANT_NAME, TENANT_NAME_RULE
 
-MAX_NAME_CHARACTERS = 64
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOKEN = re.compile(r"sha256:([0-9a-f]{64})")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -150,11 +148,8 @@ def _directory(data: Mapping[str, Any]) -> Directory:
 
 
 def _tenant(name: str, entry: object) -> Tenant:
-    if not _NAME.fullmatch(name) or len(name) > MAX_NAME_CHARACTERS:
-        raise InvalidArgument(
-            f"a tenant's name has 1 to {MAX_NAME_CHARACTERS} letters, digits, '.', '_' and '-', and begins with "
-            "a letter or digit; one is different"
-        )
+    if not TENANT_NAME.fullmatch(name):
+        raise InvalidArgument(f"{TENANT_NAME_RULE}, unlike {name[:80]!r}")
     place = f"tenant {name!r}"
     if not isinstance(entry, dict):
         raise InvalidArgument(f"{place} is not a table; write [tenants.{name}]")

@@ -21,9 +21,7 @@ from prefixcache.hosts import is_loopback
 
 ENV_PREFIX = "PREFIXCACHE_"
 # Read by the client's side of this project, which may well run in the same environment.
-CLIENT_VARIABLES = frozenset(
-    f"PREFIXCACHE_{name}" for name in ("ADDRESS", "TOKEN", "TOKEN_FILE", "TLS", "CA", "CERTIFICATE", "KEY")
-)
+CLIENT_VARIABLES = frozenset(ENV_PREFIX + name for name in ("ADDRESS", "TOKEN", "CA", "CERTIFICATE", "KEY"))
 
 EMBEDDED = "embedded"
 EMBEDDED_CACHE_LIMIT = 2 * 2**30

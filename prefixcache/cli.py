@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from prefixcache import terminal
+from prefixcache.cli_token import token
 from prefixcache.errors import PrefixCacheError
 from prefixcache.options import (
     DEFAULT_ADDRESS,
@@ -33,6 +34,7 @@ from prefixcache.options import (
     Temperature,
     Timeout,
     connect,
+    connection_parameters,
     read_prompt,
     write_json,
 )
@@ -45,7 +47,14 @@ INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """Loads the options of `serve` when it is used, and turns errors into one line."""
+    """Loads the options of `serve` when it is used, adds those of a connection, and turns errors into one line."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command: Any = super().get_command(ctx, cmd_name)
+        names = {parameter.name for parameter in command.params} if command is not None else set()
+        if "address" in names and "ca" not in names:
+            command.params += connection_parameters()
+        return command
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
@@ -266,3 +275,6 @@ def _ticks(interval: float, count: int | None) -> Iterator[None]:
         if count is not None and done >= count:
             return
         time.sleep(interval)
+
+
+app.command()(token)

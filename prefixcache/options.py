@@ -1,25 +1,34 @@
-"""What the commands of `prefixcache` share: options, the prompt from wherever it is, the client, JSON output."""
+"""What the commands of `prefixcache` share: options, the prompt from wherever it is, the client, JSON output.
+
+A command with an `address` also gets the options of `_connection_options`, which it need
+not name: `connect` knows what was given.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.main import get_command
 
-from prefixcache.errors import Unavailable
+from prefixcache.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
+    from prefixcache.channel import TLS
     from prefixcache.client import Client
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 ADDRESS_VARIABLE = "PREFIXCACHE_ADDRESS"
 DEFAULT_MAX_TOKENS = 256
+CONNECTION = "Connection"
 
 
 def _host_and_port(address: str) -> str:
@@ -31,7 +40,13 @@ def _host_and_port(address: str) -> str:
 Address = Annotated[
     str,
     typer.Option(
-        "--address", "-a", metavar="HOST:PORT", envvar=ADDRESS_VARIABLE, callback=_host_and_port, help="The server."
+        "--address",
+        "-a",
+        metavar="HOST:PORT",
+        envvar=ADDRESS_VARIABLE,
+        callback=_host_and_port,
+        help="The server.",
+        rich_help_panel=CONNECTION,
     ),
 ]
 Prompt = Annotated[
@@ -67,12 +82,84 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise typer.BadParameter(f"{where} is not UTF-8 text: byte {error.start} cannot be read") from None
 
 
+# What was given of the options of a connection on the command line that is being carried out.
+_given: dict[str, Any] = {}
+
+
+def _remember(parameter: typer.CallbackParam, value: Any) -> Any:
+    _given[str(parameter.name)] = value
+    return value
+
+
+def _option(*names: str, **what: Any) -> Any:
+    return typer.Option(
+        *names, callback=_remember, expose_value=False, show_default=False, rich_help_panel=CONNECTION, **what
+    )
+
+
+def _file(name: str, **what: Any) -> Any:
+    return _option(name, metavar="FILE", exists=True, dir_okay=False, readable=True, **what)
+
+
+def _connection_options(
+    token_file: Annotated[
+        Path | None,
+        _file("--token-file", help="The file of the token that says who calls. Else it is that in PREFIXCACHE_TOKEN."),
+    ] = None,
+    tls: Annotated[
+        bool | None,
+        _option("--tls/--no-tls", help="Encrypt the connection, as --ca and --certificate do; or never."),
+    ] = None,
+    ca: Annotated[
+        Path | None, _file("--ca", envvar="PREFIXCACHE_CA", help="Who signed the server's certificate (PEM).")
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        _file("--certificate", envvar="PREFIXCACHE_CERTIFICATE", help="The caller's own certificate (PEM)."),
+    ] = None,
+    key: Annotated[Path | None, _file("--key", envvar="PREFIXCACHE_KEY", help="Its private key (PEM).")] = None,
+) -> None:
+    """Take the options of every command that connects to a server."""
+
+
+@functools.cache
+def connection_parameters() -> list[Any]:
+    """Return the parameters to add to a command that connects to a server."""
+    app = typer.Typer(add_completion=False)
+    app.command()(_connection_options)
+    return [parameter for parameter in get_command(app).params if parameter.name != "help"]
+
+
+def _token() -> str | None:
+    """Return the token of --token-file; None leaves it to the environment."""
+    path: Path | None = _given.get("token_file")
+    if path is None:
+        return None
+    try:
+        token = path.read_text().strip()
+    except UnicodeDecodeError:
+        token = ""
+    if not token:
+        raise InvalidArgument(f"there is no token in {path}; `prefixcache token NAME > FILE` writes one")
+    return token
+
+
+def _tls() -> TLS | bool | None:
+    """Return what the options say of the connection; None leaves it to the environment."""
+    from prefixcache.channel import TLS
+
+    files = {name: _given[name] for name in ("ca", "certificate", "key") if _given.get(name) is not None}
+    wanted: bool | None = _given.get("tls")
+    return TLS(**files) if files and wanted is not False else wanted
+
+
 @contextlib.contextmanager
 def connect(address: str) -> Iterator[Client]:
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # what it says of failed handshakes comes as an error as well
     from prefixcache.client import Client
 
     try:
-        with Client(address) as client:
+        with Client(address, token=_token(), tls=_tls()) as client:
             yield client
     except Unavailable:
         if _answers(address):
