@@ -15,6 +15,7 @@ from engine.loop import EngineLoop
 from engine.model import DTYPES, LoadedModel, from_pretrained_model, load_model, resolve_device
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.tenants import tenant_of
 from engine.tokenizer import Tokenizer
 from engine.wire import ServedModel
 from prefixcache.cache import PrefixCache
@@ -49,7 +50,11 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
     runner = Runner(model, KVPool(geometry, blocks, config.block_size, model.device))
     runner.warm_up()
     cache = PrefixCache(
-        blocks, config.block_size, policy=POLICIES[config.eviction], fingerprint=bytes.fromhex(fingerprint)
+        blocks,
+        config.block_size,
+        policy=POLICIES[config.eviction],
+        fingerprint=bytes.fromhex(fingerprint),
+        account_of=tenant_of,
     )
     scheduler = Scheduler(
         cache,

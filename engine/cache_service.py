@@ -16,9 +16,11 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
 
     async def Lookup(self, message: cache_pb2.LookupRequest, context: Context) -> cache_pb2.LookupResponse:
         namespace = wire.read_namespace(self._front.caller(context).tenant, message.namespace, "namespace")
-        prompt = await self._front.encode(wire.read_prompt(message.prompt))
-        found = await self._front.ask(lambda scheduler: scheduler.lookup(prompt, namespace))
-        return cache_wire.write_found(len(prompt), found)
+        prompt = wire.read_prompt(message.prompt)
+        ids = await self._front.encode(prompt)
+        found = await self._front.ask(lambda scheduler: scheduler.lookup(ids, namespace))
+        place = await self._front.locate(prompt, found.cached_tokens) if message.with_text else None
+        return cache_wire.write_found(len(ids), found, place)
 
     async def GetStats(self, message: cache_pb2.GetStatsRequest, context: Context) -> cache_pb2.GetStatsResponse:
         engine = self._front.engine
@@ -46,7 +48,11 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         raise NotImplementedError
 
     async def WatchEvents(self, message: cache_pb2.WatchEventsRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
-        raise NotImplementedError
+        after = cache_wire.read_watch(message)
+        tenant = self._front.caller(context).tenant
+        async with self._front.feed.watch(tenant, after) as watcher:
+            async for numbered in watcher:
+                await context.write(cache_wire.write_event(watcher.stream_id, numbered))
 
     async def WatchPrompts(self, message: cache_pb2.WatchPromptsRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
         raise NotImplementedError

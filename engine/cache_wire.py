@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from engine.feed import Numbered, Snapshot, SnapshotEnd
 from engine.scheduler import EngineStats
+from engine.tenants import suffix_of
+from engine.tokenizer import Place
 from engine.wire import duration, miss_reason
-from prefixcache.cache import Found
+from prefixcache.errors import InvalidArgument
+from prefixcache.lease import Found, Removed, Stored
 from prefixcache.v1 import cache_pb2
 
 
-def write_found(prompt_tokens: int, found: Found) -> cache_pb2.LookupResponse:
+def write_found(prompt_tokens: int, found: Found, place: Place | None) -> cache_pb2.LookupResponse:
+    """Return what was found of a prompt; `place` is where the cached part ends in its text, if that was asked for."""
     return cache_pb2.LookupResponse(
         prompt_tokens=prompt_tokens,
         cached_tokens=found.cached_tokens,
         miss_reason=miss_reason(found.reason),
         miss_position=found.position,
+        alternative_tokens=found.alternative or None,
+        text=None if place is None else place.text,
+        cached_characters=None if place is None else place.characters,
     )
+
+
+def read_watch(message: cache_pb2.WatchEventsRequest) -> tuple[str, int] | None:
+    """Return after which event to go on (its stream id and number), or None to begin with a snapshot."""
+    if not message.stream_id and not message.HasField("sequence"):
+        return None
+    if not message.stream_id or not message.HasField("sequence"):
+        raise InvalidArgument("stream_id and sequence belong together; leave both absent to begin with a snapshot")
+    return message.stream_id, message.sequence
+
+
+def write_event(stream_id: str, numbered: Numbered) -> cache_pb2.WatchEventsResponse:
+    message = cache_pb2.WatchEventsResponse(stream_id=stream_id, sequence=numbered.sequence)
+    match numbered.event:
+        case Snapshot(stored):
+            message.snapshot.CopyFrom(_stored(stored))
+        case SnapshotEnd(blocks):
+            message.snapshot_end.blocks = blocks
+        case Stored() as stored:
+            message.stored.CopyFrom(_stored(stored))
+        case Removed() as removed:
+            message.removed.namespace = suffix_of(removed.namespace)
+            message.removed.hashes = removed.hashes
+    return message
+
+
+def _stored(event: Stored) -> cache_pb2.BlocksStored:
+    return cache_pb2.BlocksStored(namespace=suffix_of(event.namespace), parent=event.parent, hashes=event.hashes)
 
 
 def write_stats(

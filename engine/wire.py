@@ -191,6 +191,7 @@ def write_started(request_id: str, started: Started) -> generation_pb2.GenerateR
             cached_tokens=started.cached_tokens,
             miss_reason=miss_reason(started.reason),
             miss_position=started.position,
+            alternative_tokens=started.alternative or None,
         )
     )
 

@@ -13,6 +13,11 @@ A prompt is text, a sequence of token ids, or a list of messages such as
 `timeout` is in seconds and covers the whole call; without one a call waits as long as
 the server works on it. A client may be shared by threads (`Client`) or tasks
 (`AsyncClient`).
+
+`token` says who calls, where the server asks; PREFIXCACHE_TOKEN when None. `tls` is True
+or a TLS for an encrypted connection, False for a plain one on which a token may go
+unencrypted, too; when None, encrypted if PREFIXCACHE_CA (or _CERTIFICATE and _KEY) names
+files for it, plain if not.
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from prefixcache.channel import (
     HEALTH,
     HEALTH_INTERVAL,
     SERVING,
+    TLS,
+    connection,
     heard_from,
     not_ready,
     translated,
@@ -48,6 +55,7 @@ from prefixcache.results import (
     stats_from,
 )
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
+from prefixcache.watch import AsyncWatch, Position, Watch
 
 # Threads
 
@@ -55,14 +63,16 @@ from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation
 class Client:
     """A connection to one server; made when first needed, closed by `close` or at the end of `with`."""
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(self, target: str, *, token: str | None = None, tls: TLS | bool | None = None) -> None:
         self.target = target
-        if credentials is None:
+        link = connection(target, token, tls)
+        if link.credentials is None:
             self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._cache = cache_pb2_grpc.CacheServiceStub(self._channel)
+            self._channel = grpc.secure_channel(target, link.credentials, options=CHANNEL_OPTIONS)
+        authorized: grpc.Channel = link.authorized(self._channel)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(authorized)
+        self._cache = cache_pb2_grpc.CacheServiceStub(authorized)
         self._health: Any = self._channel.unary_unary(HEALTH)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
@@ -91,15 +101,21 @@ class Client:
         *,
         namespace: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
+        with_text: bool = False,
         timeout: float | None = None,
     ) -> Lookup:
-        """Say how much of a prompt is cached and why not more; changes nothing."""
-        request = cache_pb2.LookupRequest(prompt=prompt_message(prompt, tools), namespace=namespace)
+        """Say how much of a prompt is cached and why not more, `with_text` also where; changes nothing."""
+        message = prompt_message(prompt, tools)
+        request = cache_pb2.LookupRequest(prompt=message, namespace=namespace, with_text=with_text)
         return lookup_from(self._call(self._cache.Lookup, request, timeout))
 
     def stats(self, *, timeout: float | None = None) -> Stats:
         """Return the server's sizes and counters."""
         return stats_from(self._call(self._cache.GetStats, cache_pb2.GetStatsRequest(), timeout))
+
+    def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> Watch:
+        """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
+        return Watch(self._cache.WatchEvents, after, self.target, timeout)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return when the server serves; raise DeadlineExceeded if it does not within `timeout` seconds."""
@@ -193,14 +209,16 @@ class Stream:
 class AsyncClient:
     """`Client` for asyncio; to be made and used in one event loop."""
 
-    def __init__(self, target: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(self, target: str, *, token: str | None = None, tls: TLS | bool | None = None) -> None:
         self.target = target
-        if credentials is None:
+        link = connection(target, token, tls)
+        if link.credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._cache = cache_pb2_grpc.CacheServiceStub(self._channel)
+            self._channel = grpc.aio.secure_channel(target, link.credentials, options=CHANNEL_OPTIONS)
+        authorized: grpc.aio.Channel = link.authorized(self._channel)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(authorized)
+        self._cache = cache_pb2_grpc.CacheServiceStub(authorized)
         self._health: Any = self._channel.unary_unary(HEALTH)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
@@ -229,15 +247,21 @@ class AsyncClient:
         *,
         namespace: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
+        with_text: bool = False,
         timeout: float | None = None,
     ) -> Lookup:
-        """Say how much of a prompt is cached and why not more; changes nothing."""
-        request = cache_pb2.LookupRequest(prompt=prompt_message(prompt, tools), namespace=namespace)
+        """Say how much of a prompt is cached and why not more, `with_text` also where; changes nothing."""
+        message = prompt_message(prompt, tools)
+        request = cache_pb2.LookupRequest(prompt=message, namespace=namespace, with_text=with_text)
         return lookup_from(await self._call(self._cache.Lookup, request, timeout))
 
     async def stats(self, *, timeout: float | None = None) -> Stats:
         """Return the server's sizes and counters."""
         return stats_from(await self._call(self._cache.GetStats, cache_pb2.GetStatsRequest(), timeout))
+
+    def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> AsyncWatch:
+        """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
+        return AsyncWatch(self._cache.WatchEvents, after, self.target, timeout)
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return when the server serves; raise DeadlineExceeded if it does not within `timeout` seconds."""

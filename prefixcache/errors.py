@@ -44,6 +44,12 @@ class FailedPrecondition(PrefixCacheError):
     status = "FAILED_PRECONDITION"
 
 
+class OutOfRange(PrefixCacheError):
+    """The events to go on from are no longer kept, or were not read in time: begin again with a snapshot."""
+
+    status = "OUT_OF_RANGE"
+
+
 class ResourceExhausted(PrefixCacheError):
     """A limit was reached. `retry_after` (seconds) says when to try again, if that helps."""
 

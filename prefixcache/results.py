@@ -27,6 +27,8 @@ class Started:
     cached_tokens: int
     miss_reason: MissReason | None
     miss_position: int
+    alternative_tokens: int = 0
+    """If it diverged: length of the nearest cached prompt, which is the same up to `miss_position`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,17 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; cached + computed = prompt."""
+    """Token counts of one request; cached + computed = prompt.
+
+    `written_tokens` of prompt and output were added to the cache.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     computed_tokens: int
     completion_tokens: int
     recomputed_tokens: int
+    written_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,8 @@ class Completion:
     `stopped_by` is the stop string or stop token id (in decimal) that ended it, or "".
     `logprobs` has one entry per token if they were asked for. `ttft` and `elapsed` are
     measured by the client, from sending to the first token and to the end; `ttft` is
-    None if there was no token.
+    None if there was no token. `kept_tokens` are kept for the session's next request, if
+    that was asked for.
     """
 
     text: str
@@ -78,6 +85,7 @@ class Completion:
     timings: Timings
     ttft: float | None
     elapsed: float
+    kept_tokens: int = 0
 
     @property
     def request_id(self) -> str:
@@ -96,12 +104,19 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """How much of a prompt is cached, why not more, and where it leaves the cached path."""
+    """How much of a prompt is cached, why not more, and where it leaves the cached path.
+
+    If the text was asked for, it is what the model reads, of which `cached_characters` are cached.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     miss_reason: MissReason | None
     miss_position: int
+    alternative_tokens: int = 0
+    """If it diverges: length of the nearest cached prompt, which is the same up to `miss_position`."""
+    text: str | None = None
+    cached_characters: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +206,7 @@ class Fold:
                     message.cached_tokens,
                     _miss_reason(message.miss_reason),
                     message.miss_position,
+                    message.alternative_tokens,
                 )
             case "delta":
                 return self._delta(response.delta)
@@ -237,6 +253,7 @@ class Fold:
                 usage.computed_tokens,
                 usage.completion_tokens,
                 usage.recomputed_tokens,
+                usage.written_tokens,
             ),
             timings=Timings(
                 timings.queue.ToNanoseconds() / 1e9,
@@ -246,12 +263,19 @@ class Fold:
             ),
             ttft=None if self._first is None else self._first - self._sent,
             elapsed=time.perf_counter() - self._sent,
+            kept_tokens=finished.kept_tokens,
         )
 
 
 def lookup_from(message: cache_pb2.LookupResponse) -> Lookup:
     return Lookup(
-        message.prompt_tokens, message.cached_tokens, _miss_reason(message.miss_reason), message.miss_position
+        message.prompt_tokens,
+        message.cached_tokens,
+        _miss_reason(message.miss_reason),
+        message.miss_position,
+        message.alternative_tokens,
+        message.text if message.HasField("text") else None,
+        message.cached_characters if message.HasField("cached_characters") else None,
     )
 
 
