@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from engine import cache_wire, wire
 from engine.front import Context, Front
+from engine.loop import clock
+from engine.quotas import Quota
+from engine.warming import warm
+from prefixcache.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc
+
+WARMED_AT_ONCE = 4
+"""How many prompts of one Warm call are read, tokenized or computed at the same time."""
 
 
 class Cache(cache_pb2_grpc.CacheServiceServicer):
@@ -58,4 +66,48 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         raise NotImplementedError
 
     async def Warm(self, messages: AsyncIterator[cache_pb2.WarmRequest], context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
-        raise NotImplementedError
+        room = asyncio.Semaphore(WARMED_AT_ONCE)
+        writing = asyncio.Lock()  # a stream takes one message at a time
+
+        async def answer(position: int, message: cache_pb2.WarmRequest, quota: Quota) -> None:
+            response = await self._warm(position, message, context, quota)
+            async with writing:
+                await context.write(response)
+            room.release()
+
+        with self._front.computing(context) as quota:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    position = 0
+                    await room.acquire()
+                    async for message in messages:
+                        group.create_task(answer(position, message, quota))
+                        position += 1
+                        await room.acquire()  # before the next is read: whoever sends too fast has to wait
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+
+    async def _warm(
+        self, position: int, message: cache_pb2.WarmRequest, context: Context, quota: Quota
+    ) -> cache_pb2.WarmResponse:
+        """Warm one prompt of a stream. Raises only what concerns the others as well."""
+        front = self._front
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else clock() + remaining
+        name, prompt_tokens = str(position), None
+        try:
+            wanted = cache_wire.read_warm(message, front.caller(context).tenant)
+            name = message.id or name
+            prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
+            prompt_tokens = len(prompt)
+            quota.check(clock())
+            warmth = await warm(
+                front,
+                prompt,
+                wanted.namespace,
+                deadline=deadline,
+                charge=lambda tokens: quota.charge(tokens, clock()),
+            )
+        except (InvalidArgument, FailedPrecondition, ResourceExhausted) as error:
+            return cache_wire.write_not_warmed(name, prompt_tokens, error)
+        return cache_wire.write_warmed(name, len(prompt), warmth.cached_tokens, warmth.error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from engine.feed import Numbered, Snapshot, SnapshotEnd
 from engine.scheduler import EngineStats
 from engine.tenants import suffix_of
-from engine.tokenizer import Place
-from engine.wire import duration, miss_reason
-from prefixcache.errors import InvalidArgument
+from engine.tokenizer import Place, Prompt
+from engine.wire import MAX_REQUEST_ID_BYTES, duration, miss_reason, read_namespace, read_prompt
+from prefixcache.errors import InvalidArgument, PrefixCacheError
 from prefixcache.lease import Found, Removed, Stored
 from prefixcache.v1 import cache_pb2
 
@@ -22,6 +24,41 @@ def write_found(prompt_tokens: int, found: Found, place: Place | None) -> cache_
         alternative_tokens=found.alternative or None,
         text=None if place is None else place.text,
         cached_characters=None if place is None else place.characters,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """A checked WarmRequest; the prompt is not tokenized yet."""
+
+    prompt: Prompt
+    namespace: str
+
+
+def read_warm(message: cache_pb2.WarmRequest, tenant: str) -> Warm:
+    """Check a prompt to warm for a tenant. Raises InvalidArgument."""
+    if len(message.id.encode()) > MAX_REQUEST_ID_BYTES:
+        raise InvalidArgument(f"id must have at most {MAX_REQUEST_ID_BYTES} bytes")
+    return Warm(read_prompt(message.prompt), read_namespace(tenant, message.cache.namespace, "cache.namespace"))
+
+
+def write_warmed(name: str, prompt_tokens: int, cached_tokens: int, error: str) -> cache_pb2.WarmResponse:
+    """Return what became of a prompt that was warmed, all of it if there is no `error`."""
+    state = cache_pb2.WARM_STATE_CACHED if cached_tokens == prompt_tokens else cache_pb2.WARM_STATE_COMPUTED
+    return cache_pb2.WarmResponse(
+        id=name,
+        state=cache_pb2.WARM_STATE_FAILED if error else state,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        computed_tokens=prompt_tokens - cached_tokens,
+        error=error,
+    )
+
+
+def write_not_warmed(name: str, prompt_tokens: int | None, error: PrefixCacheError) -> cache_pb2.WarmResponse:
+    """Return why a prompt was not warmed; its length is None if it could not be read."""
+    return cache_pb2.WarmResponse(
+        id=name, state=cache_pb2.WARM_STATE_FAILED, prompt_tokens=prompt_tokens, error=str(error)
     )
 
 

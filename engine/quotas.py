@@ -33,12 +33,18 @@ class Quota:
 
     def enter(self, now: float) -> None:
         """Begin a request. Raises ResourceExhausted, which says when to try again; then nothing was begun."""
-        most, rate = self._limits.max_in_flight, self._limits.tokens_per_minute
+        most = self._limits.max_in_flight
         if most is not None and self.in_flight >= most:
             raise ResourceExhausted(
                 f"you have {self.in_flight} requests in flight, the most you may have: wait for one to end",
                 retry_after=IN_FLIGHT_RETRY_SECONDS,
             )
+        self.check(now)
+        self.in_flight += 1
+
+    def check(self, now: float) -> None:
+        """Raise ResourceExhausted, which says when to try again, if there are no tokens left to be computed."""
+        rate = self._limits.tokens_per_minute
         if rate is not None:
             self._refill(now, rate)
             if self._left < 1:
@@ -48,7 +54,6 @@ class Quota:
                     f"try again in {wait:.1f} seconds",
                     retry_after=wait,
                 )
-        self.in_flight += 1
 
     def leave(self) -> None:
         """End a request that has begun."""
