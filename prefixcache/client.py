@@ -55,6 +55,7 @@ from prefixcache.results import (
     stats_from,
 )
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
+from prefixcache.warming import AsyncPrompts, AsyncWarming, Prompts, Warming, WarmOptions
 from prefixcache.watch import AsyncWatch, Position, Watch
 
 # Threads
@@ -101,11 +102,12 @@ class Client:
         *,
         namespace: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
         with_text: bool = False,
         timeout: float | None = None,
     ) -> Lookup:
         """Say how much of a prompt is cached and why not more, `with_text` also where; changes nothing."""
-        message = prompt_message(prompt, tools)
+        message = prompt_message(prompt, tools, add_generation_prompt)
         request = cache_pb2.LookupRequest(prompt=message, namespace=namespace, with_text=with_text)
         return lookup_from(self._call(self._cache.Lookup, request, timeout))
 
@@ -116,6 +118,10 @@ class Client:
     def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> Watch:
         """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
         return Watch(self._cache.WatchEvents, after, self.target, timeout)
+
+    def warm(self, prompts: Prompts, **options: Unpack[WarmOptions]) -> Warming:
+        """Compute prompts ahead of time, so that requests find them in the cache; those go first meanwhile."""
+        return Warming(self._cache.Warm, prompts, options, self.target)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return when the server serves; raise DeadlineExceeded if it does not within `timeout` seconds."""
@@ -247,11 +253,12 @@ class AsyncClient:
         *,
         namespace: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
         with_text: bool = False,
         timeout: float | None = None,
     ) -> Lookup:
         """Say how much of a prompt is cached and why not more, `with_text` also where; changes nothing."""
-        message = prompt_message(prompt, tools)
+        message = prompt_message(prompt, tools, add_generation_prompt)
         request = cache_pb2.LookupRequest(prompt=message, namespace=namespace, with_text=with_text)
         return lookup_from(await self._call(self._cache.Lookup, request, timeout))
 
@@ -262,6 +269,10 @@ class AsyncClient:
     def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> AsyncWatch:
         """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
         return AsyncWatch(self._cache.WatchEvents, after, self.target, timeout)
+
+    def warm(self, prompts: AsyncPrompts, **options: Unpack[WarmOptions]) -> AsyncWarming:
+        """Compute prompts ahead of time, so that requests find them in the cache; those go first meanwhile."""
+        return AsyncWarming(self._cache.Warm, prompts, options, self.target)
 
     async def wait_until_ready(self, timeout: float | None = None) -> None:
         """Return when the server serves; raise DeadlineExceeded if it does not within `timeout` seconds."""

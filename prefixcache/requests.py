@@ -88,6 +88,19 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generation_pb2
         raise InvalidArgument(f"an option cannot be sent: {error}") from error
 
 
+def cache_control(
+    namespace: str | None, ttl: float | None, priority: int | None, session_id: str | None
+) -> prompt_pb2.CacheControl:
+    """Return where and how long something is kept; `ttl` is in seconds."""
+    try:
+        control = prompt_pb2.CacheControl(namespace=namespace or "", priority=priority, session_id=session_id or "")
+        if ttl is not None:
+            control.ttl.FromNanoseconds(round(ttl * 1e9))
+        return control
+    except (ValueError, OverflowError) as error:  # a number out of its type's range, or half a character
+        raise InvalidArgument(f"an option cannot be sent: {error}") from error
+
+
 def prompt_message(
     prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool | None = None
 ) -> prompt_pb2.Prompt:
