@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+from prefixcache.channel import TLS
 from prefixcache.client import Client
 from prefixcache.errors import DeadlineExceeded, Unavailable
 
@@ -30,13 +31,15 @@ class LocalServer:
     """A server with the given options of `prefixcache serve`; serves inside the `with` block.
 
     Entering waits until the server is ready and raises Unavailable, with the end of its
-    log, if it does not get there. Leaving ends it with SIGTERM, so that it drains.
+    log, if it does not get there. Leaving ends it with SIGTERM, so that it drains. `tls` is
+    for the options that make it speak TLS: how to ask whether it is ready.
     """
 
-    def __init__(self, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *options: str, environment: Mapping[str, str] | None = None, tls: TLS | None = None) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self._command = [sys.executable, "-m", "prefixcache", "serve", *options]
         self._environment = dict(os.environ if environment is None else environment)
+        self._tls = tls or False  # whatever the environment says of other servers
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `__exit__`
         self.process: subprocess.Popen[bytes]
 
@@ -73,7 +76,7 @@ class LocalServer:
 
     def _wait(self) -> None:
         end = time.monotonic() + START_SECONDS
-        with Client(self.address) as client:
+        with Client(self.address, token="", tls=self._tls) as client:
             while True:
                 try:
                     client.wait_until_ready(timeout=0.5)
