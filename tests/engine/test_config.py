@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from engine.config import EMBEDDED_CACHE_LIMIT, EngineConfig, load
+from engine.config import CLIENT_VARIABLES, EMBEDDED_CACHE_LIMIT, EngineConfig, load
 from prefixcache.errors import InvalidArgument
 
 
@@ -18,7 +18,8 @@ def test_defaults_serve_the_embedded_model_to_this_machine_only() -> None:
 
 def test_options_win_over_the_environment() -> None:
     """The environment fills in what is not given; None counts as not given."""
-    environment = {"PREFIXCACHE_PORT": "1234", "PREFIXCACHE_MAX_QUEUE": "7", "HOME": "/", "PREFIXCACHE_ADDRESS": "x:1"}
+    environment = {"PREFIXCACHE_PORT": "1234", "PREFIXCACHE_MAX_QUEUE": "7", "HOME": "/"}
+    environment |= {variable: "the client's" for variable in CLIENT_VARIABLES}
     config = load(environment, port=99, max_queue=None)
     assert (config.port, config.max_queue) == (99, 7)
 
@@ -27,7 +28,7 @@ def test_options_win_over_the_environment() -> None:
     ("environment", "options", "words"),
     [
         ({}, {"moedl": "x"}, "there is no option 'moedl'; did you mean model?"),
-        ({}, {"zzz": 1}, "there is no option 'zzz'. There are: block_size, cache_memory"),
+        ({}, {"zzz": 1}, "there is no option 'zzz'. There are: allow_plaintext_tokens, block_size"),
         ({"PREFIXCACHE_PROT": "1"}, {}, "PREFIXCACHE_PROT is set, but it is no option; did you mean PREFIXCACHE_PORT"),
         ({"PREFIXCACHE_PORT": "many"}, {}, "option port cannot be 'many'"),
         ({}, {"port": 70000}, "option port cannot be 70000: input should be less than or equal to 65535"),
