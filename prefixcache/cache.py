@@ -103,7 +103,7 @@ class PrefixCache:
         self._account_of = account_of
         self._accounts: dict[str, Account] = {}
         self._own_queues: dict[Account, EvictionQueue] = {}  # of accounts with a limit
-        self._pins = Pins(self._tree, int(total_blocks * pin_share), self._unpinned)
+        self._pins = Pins(self._tree, int(total_blocks * pin_share))
         self._session_idle = session_idle
         self._agenda: Heap[Node | Pin | Session] = Heap()  # by the time to look at them
         self._spaces: dict[str, Space] = {}
@@ -242,30 +242,31 @@ class PrefixCache:
         space = self._space(namespace)
         if not read:
             lease = Lease(self, space, space.root, [], Found(0, MissReason.BYPASSED, 0), terms)
-            self._join(lease)
-        else:
-            place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
-            node = place.node
-            if place.depth < len(node.blocks):
-                node = self._split(node, place.depth)
-                place = place._replace(node=node)
-            found, source = self._found(place, packed)
-            lease = Lease(self, space, node, place.blocks, found, terms)
-            self._join(lease)
-            if source is not None:
-                holder, depth, tokens = source
-                lease.source = BlockSource(holder.blocks[depth], tokens)
-                lease._source_node = holder
-                self._tree.acquire(holder)
-                if len(holder.blocks) == 1:  # more of a longer one than matched would be refreshed
-                    self._use(lease, holder)
-            self._use(lease, node)
-        self._tree.acquire(lease.node)
-        self._leases.add(lease)
+            self._hold(lease)
+            self._claim(lease)
+            return lease
+        place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
+        node = place.node
+        if place.depth < len(node.blocks):
+            node = self._split(node, place.depth)
+            place = place._replace(node=node)
+        found, source = self._found(place, packed)
+        lease = Lease(self, space, node, place.blocks, found, terms)
+        if source is not None:
+            holder, depth, tokens = source
+            lease.source = BlockSource(holder.blocks[depth], tokens)
+            lease._source_node = holder
+            self._tree.acquire(holder)
+        self._hold(lease)
+        if source is not None and len(source.node.blocks) == 1:  # more of a longer one than matched would be refreshed
+            self._use(lease, source.node)
+        self._use(lease, node)
+        self._claim(lease)
         return lease
 
     def announce(self, lease: Lease, packed: bytes) -> None:
         """Say that the lease will compute and commit the whole blocks of `packed`, for `in_flight` to find."""
+        lease._prompt = packed
         target = packed[: len(packed) // self.block_bytes * self.block_bytes]
         if len(target) > lease.shared * self.block_bytes:
             lease._target = target
@@ -296,6 +297,7 @@ class PrefixCache:
         assert not lease.released and len(packed) % self.block_bytes == 0
         if not packed or lease.detached:
             return
+        self._renew(lease)
         tree, size = self._tree, self.block_bytes
         assert lease.shared + len(packed) // size <= len(lease.blocks)
         node, offset = lease.node, 0
@@ -339,7 +341,8 @@ class PrefixCache:
                 case Node() as node:
                     self._expire(node)
                 case Pin() as pin:
-                    self._pins.drop(pin.key)
+                    self._drop_pin(pin.key)
+                    self._keep_to_limit(self._account(self._account_of(pin.key.namespace)))
                 case Session() as session:
                     self._idle(session)
 
@@ -361,7 +364,7 @@ class PrefixCache:
                     for node in self._tree.nodes(space.root):
                         if self._tree.evictable(node):
                             own.push(node)
-        self._make_room(counts, 0)
+        self._keep_to_limit(counts)
 
     def pin(
         self, packed: bytes, namespace: str, name: str, *, ttl: float | None = None, most: int | None = None
@@ -385,7 +388,9 @@ class PrefixCache:
 
     def unpin(self, namespace: str, name: str) -> bool:
         """End a pin; returns whether there was one."""
-        return self._drop_pin(PinKey(namespace, Holder.CALLER, name))
+        dropped = self._drop_pin(PinKey(namespace, Holder.CALLER, name))
+        self._keep_to_limit(self._account(self._account_of(namespace)))
+        return dropped
 
     def pins(self, account: str | None = None) -> list[Pin]:
         """The pins that callers have made, of all or of one account, oldest first."""
@@ -447,6 +452,10 @@ class PrefixCache:
         space = self._spaces.get(namespace)
         if space is None:
             return 0, 0
+        for lease in self._leases:
+            if lease.space is space and lease._prompt.startswith(packed):
+                lease._barred = True
+                space.computing.discard(lease)
         size = self.block_bytes
         end = len(packed) // size * size
         place = self._tree.find(space.root, packed, end)
@@ -458,7 +467,7 @@ class PrefixCache:
             tops = [node] if goes_on else []
         elif rest:
             tops = [child for key, child in node.children.items() if key.startswith(rest)]
-            if len(tops) == len(node.children) and tops and self._leads_only_on(node, len(tops)):
+            if node.parent is not None and self._leads_only_on(node, len(tops)):
                 tops = [node]
         else:
             tops = [node]
@@ -638,6 +647,11 @@ class PrefixCache:
                 self._set_expiry(step, expires)
             step = step.parent
 
+    def _renew(self, lease: Lease) -> None:
+        """What a lease stores later than its time to live after the match lives as long from now."""
+        if lease.expires <= self.now:
+            lease.expires = self.expiry_of(lease.terms)
+
     def _set_expiry(self, node: Node, expires: float) -> None:
         node.expires = expires
         if expires < math.inf and not node.pins:
@@ -686,26 +700,36 @@ class PrefixCache:
         return tokens
 
     def _drop_pin(self, key: PinKey) -> bool:
-        pin = self._pins.drop(key)
-        if pin is not None:
-            self._agenda.discard(pin)
-        return pin is not None
+        if key not in self._pins:
+            return False
+        self._agenda.discard(self._pins[key])
+        self._unpinned(self._pins.drop(key))
+        return True
 
     def _unpinned(self, nodes: list[Node]) -> None:
-        """Nodes have no pins any more: their time goes on, and they can be evicted."""
-        for node in nodes:
-            if node.expires < math.inf:
+        """Nodes, the deepest first, have no pins any more: their time goes on, and they can be evicted."""
+        for node in reversed(nodes):
+            if node.space is None:
+                continue  # removed, or an ancestor was just now
+            if node.expires <= self.now:
+                self._expire(node)
+            elif node.expires < math.inf:
                 self._agenda.push(node.expires, node)
             if self._tree.evictable(node):
                 self._enqueue(node)
 
     # Sessions
 
+    def _hold(self, lease: Lease) -> None:
+        """Count a lease at its node and in its session."""
+        self._tree.acquire(lease.node)
+        self._leases.add(lease)
+        if lease.terms.session:
+            self._join(lease)
+
     def _join(self, lease: Lease) -> None:
         """Make a lease one of its session."""
         name, space = lease.terms.session, lease.space
-        if not name:
-            return
         session = space.sessions.get(name)
         if session is None:
             session = space.sessions[name] = Session(name, space)
@@ -713,7 +737,11 @@ class PrefixCache:
         session.leases += 1
         lease.session = session
         self._refresh(session)
-        self._drop_pin(PinKey(space.name, Holder.SESSION, name))
+
+    def _claim(self, lease: Lease) -> None:
+        """A lease of a session takes over what was kept for its next request."""
+        if lease.session is not None and self._drop_pin(PinKey(lease.space.name, Holder.SESSION, lease.session.name)):
+            self._keep_to_limit(lease.space.account)
 
     def _leave(self, lease: Lease) -> None:
         session = lease.session
@@ -807,6 +835,11 @@ class PrefixCache:
             self._evict(self._own_queues[account], int(over))
         return int(max(min(count, account.limit - account.blocks), 0))
 
+    def _keep_to_limit(self, account: Account) -> None:
+        """Evict what an account has above its limit, as far as it is not in use."""
+        if account.blocks > account.limit:
+            self._evict(self._own_queues[account], int(account.blocks - account.limit))
+
     def _cut(self, top: Node, reason: MissReason) -> tuple[int, int]:
         """Remove a node, which has no pins, and all below it; returns (blocks freed, blocks still in use)."""
         space, parent = top.space, top.parent
@@ -847,9 +880,12 @@ class PrefixCache:
         for top in tops:
             space = top.space
             assert space is not None
+            unpinned: list[Node] = []
             for pin in self._pins.under(top):
-                self._drop_pin(pin.key)
+                self._agenda.discard(pin)
+                unpinned += self._pins.drop(pin.key)
             unused, used = self._cut(top, MissReason.INVALIDATED)
+            self._unpinned(unpinned)
             for account in (space.account, self._tree.total):
                 account.invalidated += unused + used
             freed += unused
@@ -943,8 +979,9 @@ class PrefixCache:
         """Keep the lease's partly filled block in the tree, unless what is there covers it."""
         assert len(tail) < self.block_bytes and lease.shared < len(lease.blocks)
         node = lease.node
-        if node.space is None:
+        if lease.detached:
             return False
+        self._renew(lease)
         best = self._tree.partial(Place(node, len(node.blocks), 0, []), tail)
         if best is not None and best.tokens * TOKEN_BYTES == len(tail):
             if len(best.node.blocks) == 1:
@@ -988,6 +1025,7 @@ class PrefixCache:
         self._leave(lease)
         for node in (lease.node, *lease._held):
             self._let_go(node)
+        self._keep_to_limit(lease.space.account)
         self._drop_if_empty(lease.space)
 
     # What others are told

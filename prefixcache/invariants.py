@@ -94,7 +94,7 @@ def check(
     for account in {tree.total, *cache._accounts.values()}:
         counted = [account.blocks, account.idle, account.pinned, account.pinned_idle]
         assert counted == counts.get(account, [0, 0, 0, 0]), "block counters are off"
-        assert account.blocks <= account.limit, "an account has more than its limit"
+        assert account.blocks <= account.limit or not account.idle, "an account keeps more than its limit"
     assert tree.total.pinned <= pins.budget, "pins hold more than their budget"
     for space in spaces:
         for session in space.sessions.values():
@@ -108,7 +108,7 @@ def check(
         while step is not None:
             path[:0] = step.blocks
             step = step.parent
-        assert lease.blocks[: lease.shared] == path or lease.detached, "a lease's blocks are not its path"
+        assert lease.blocks[: lease.shared] == path or lease.node.space is None, "a lease's blocks are not its path"
         own = lease.blocks[lease.shared :]
         assert not private.intersection(own) and len(set(own)) == len(own), "two leases own one block"
         private.update(own)

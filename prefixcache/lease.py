@@ -70,8 +70,8 @@ class Lease:
     """
 
     __slots__ = (
-        "_cache", "_held", "_source_node", "_target", "blocks", "cached_tokens", "expires", "node", "position",
-        "reason", "session", "shared", "source", "space", "stored", "terms",
+        "_barred", "_cache", "_held", "_prompt", "_source_node", "_target", "blocks", "cached_tokens", "expires",
+        "node", "position", "reason", "session", "shared", "source", "space", "stored", "terms",
     )  # fmt: skip
 
     def __init__(
@@ -79,7 +79,9 @@ class Lease:
     ) -> None:
         self._cache: PrefixCache | None = cache
         self._source_node: Node | None = None
+        self._prompt = b""
         self._target = b""
+        self._barred = False
         self._held: list[Node] = []  # where the path now ends in the tree, for each time that its end was cut off
         self.space = space
         self.node = node
@@ -99,7 +101,7 @@ class Lease:
     @property
     def detached(self) -> bool:
         """Whether the prefix has been removed: it can be used to the end, but nothing can be added to it."""
-        return self.node.space is None
+        return self._barred or self.node.space is None
 
     @property
     def in_tree(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -49,12 +49,11 @@ class Pin:
 
 
 class Pins:
-    """All pins. `let_go` is called with the nodes that a dropped pin leaves without any."""
+    """All pins."""
 
-    def __init__(self, tree: RadixTree, budget: int, let_go: Callable[[list[Node]], None]) -> None:
+    def __init__(self, tree: RadixTree, budget: int) -> None:
         self.budget = budget
         self._tree = tree
-        self._let_go = let_go
         self._pins: dict[PinKey, Pin] = {}
 
     def room(self, node: Node, depth: int, account: Account, limit: int) -> int:
@@ -78,12 +77,9 @@ class Pins:
         self._pins[pin.key] = pin
         self._tree.pin(pin.node)
 
-    def drop(self, key: PinKey) -> Pin | None:
-        """End a pin; returns it, or None if there was none."""
-        pin = self._pins.pop(key, None)
-        if pin is not None:
-            self._let_go(self._tree.unpin(pin.node))
-        return pin
+    def drop(self, key: PinKey) -> list[Node]:
+        """End a pin; returns the nodes that it leaves without any, the deepest first."""
+        return self._tree.unpin(self._pins.pop(key).node)
 
     def under(self, top: Node) -> list[Pin]:
         """Return the pins that end at `top` or below."""

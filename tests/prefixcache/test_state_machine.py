@@ -10,6 +10,8 @@ namespace cannot pass that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -20,14 +22,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prefixcache.cache import PrefixCache
 from prefixcache.eviction import POLICIES
 from prefixcache.lease import CacheEvent, Found, Lease, OutOfBlocks, Removed, Stored
+from prefixcache.pins import Limit
 from prefixcache.reasons import MissReason
+from prefixcache.terms import Terms
 from prefixcache.tokens import HASH_BYTES, pack
 from prefixcache.tree import MAX_EDGE_BLOCKS
 
 Slot = tuple[str, tuple[int, ...]]
 PROFILE = settings(
-    max_examples=250,
-    stateful_step_count=80,
+    max_examples=150,
+    stateful_step_count=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -48,6 +52,14 @@ prompts = st.builds(
     st.lists(st.integers(0, 1), max_size=4),
 )
 which = st.integers(0, 5)  # one of the running requests
+names = st.sampled_from(["p", "q"])
+terms = st.just(Terms()) | st.builds(
+    Terms,
+    ttl=st.sampled_from([None, 2.0, 5.0]),
+    sliding=st.booleans(),
+    priority=st.sampled_from([50, 50, 0, 90]),
+    session=st.sampled_from(["", "s", "t"]),
+)
 
 
 @dataclass(eq=False)
@@ -60,7 +72,9 @@ class Running:
     prompt: int
     computed: int  # tokens whose slots are filled
     stores: bool
+    terms: Terms
     invalidated: bool = False
+    limited: bool = False  # its account's limit kept it from storing all it wanted
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -68,6 +82,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     policy = "lru"
     max_edge_blocks = MAX_EDGE_BLOCKS
+    controlled = False
 
     @initialize(total=st.integers(3, 40), block_size=st.sampled_from([1, 2, 3, 4]), remembered=st.integers(0, 4))
     def build(self, total: int, block_size: int, remembered: int) -> None:
@@ -84,10 +99,14 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.memory: list[list[Slot | None]] = [[None] * block_size for _ in range(total)]
         self.running: list[Running] = []
-        self.stored: list[Slot] = []  # every sequence a match may use, most of them prefixes of others
+        self.stored: dict[Slot, float] = {}  # every sequence a match may use, and until when
+        self.pins: dict[tuple[str, str], tuple[tuple[int, ...], float]] = {}
+        self.limits: dict[str, int] = {}
+        self.now = 0.0
         self.complete = True  # nothing of `stored` has been evicted
         self.matchable: set[bytes] = set()
         self.replayed = 0
+        self.removed_anything = False
 
     def teardown(self) -> None:
         self.patch.undo()
@@ -104,7 +123,8 @@ class CacheMachine(RuleBasedStateMachine):
     def cached_at_most(self, namespace: str, tokens: tuple[int, ...]) -> int:
         """The longest prefix, without the last token, that was stored and not invalidated since."""
         longest = 0
-        for owner, sequence in self.stored:
+        pinned = [(owner, prefix) for (owner, _), (prefix, _) in self.pins.items()]
+        for owner, sequence in [*self.stored, *pinned]:
             if owner == namespace:
                 shared = 0
                 while shared < min(len(sequence), len(tokens) - 1) and sequence[shared] == tokens[shared]:
@@ -118,11 +138,31 @@ class CacheMachine(RuleBasedStateMachine):
             request.namespace == namespace
             and request.stores
             and not request.invalidated
+            and not request.limited
             and request.lease.shared <= block
             and end <= request.prompt
             and request.tokens[:end] == tokens[:end]
             for request in self.running
         )
+
+    def remember(self, request: Running, tokens: int, expires: float) -> None:
+        """The first `tokens` of a request may be reused until `expires`."""
+        key = (request.namespace, request.tokens[:tokens])
+        if tokens:
+            self.stored[key] = max(expires, self.stored.get(key, 0.0))
+
+    def used(self, request: Running) -> None:
+        """What a request has in the tree is used now."""
+        ttl = request.terms.ttl
+        if request.terms.sliding and not request.invalidated:
+            self.remember(request, request.lease.shared * self.size, math.inf if ttl is None else self.now + ttl)
+
+    def notice_removal(self) -> None:
+        """Requests whose prefix has been removed go on without storing."""
+        for request in self.running:
+            if request.lease.detached and not request.invalidated:
+                request.invalidated = True
+                assert self.removed_anything
 
     def expect(self, request: Running, position: int) -> None:
         """The slot of a position holds the request's own prefix."""
@@ -133,9 +173,15 @@ class CacheMachine(RuleBasedStateMachine):
     # The ways of a request
 
     @precondition(lambda self: len(self.running) < 6)
-    @rule(namespace=namespaces, tokens=prompts, read=st.sampled_from([True, True, True, False]), stores=st.booleans())
-    def start(self, namespace: str, tokens: tuple[int, ...], read: bool, stores: bool) -> None:
-        self.match(namespace, tokens, read, stores)
+    @rule(
+        namespace=namespaces,
+        tokens=prompts,
+        read=st.sampled_from([True, True, True, False]),
+        stores=st.booleans(),
+        terms=terms,
+    )
+    def start(self, namespace: str, tokens: tuple[int, ...], read: bool, stores: bool, terms: Terms) -> None:
+        self.match(namespace, tokens, read, stores, terms)
 
     @precondition(lambda self: self.running)
     @rule(which=which, tokens=st.integers(1, 16), ahead=st.integers(0, 2), token=st.integers(0, 1))
@@ -154,10 +200,12 @@ class CacheMachine(RuleBasedStateMachine):
     def end(self, which: int, keep_tail: bool) -> None:
         self.release(self.running[which % len(self.running)], keep_tail)
 
-    @rule(namespace=namespaces, tokens=prompts, generated=st.integers(0, 6), keep_tail=st.booleans())
-    def whole_request(self, namespace: str, tokens: tuple[int, ...], generated: int, keep_tail: bool) -> None:
+    @rule(namespace=namespaces, tokens=prompts, generated=st.integers(0, 6), keep_tail=st.booleans(), terms=terms)
+    def whole_request(
+        self, namespace: str, tokens: tuple[int, ...], generated: int, keep_tail: bool, terms: Terms
+    ) -> None:
         """A request from start to end while the others stand still."""
-        request = self.match(namespace, tokens, True, True)
+        request = self.match(namespace, tokens, True, True, terms)
         count = len(tokens) + generated - request.computed
         self.allocate(request, count, 0)
         self.compute(request, count, 1)
@@ -166,10 +214,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     # Steps of these
 
-    def match(self, namespace: str, tokens: tuple[int, ...], read: bool, stores: bool) -> Running:
+    def match(self, namespace: str, tokens: tuple[int, ...], read: bool, stores: bool, terms: Terms) -> Running:
         packed = pack(tokens)
+        if not self.controlled:
+            terms = Terms()
         found = self.cache.lookup(packed, namespace)
-        lease = self.cache.match(packed, namespace, read=read)
+        lease = self.cache.match(packed, namespace, read=read, terms=terms)
         cached, reason = lease.cached_tokens, lease.reason
         if not read:
             assert (cached, reason, lease.blocks, lease.source) == (0, MissReason.BYPASSED, [], None)
@@ -178,8 +228,10 @@ class CacheMachine(RuleBasedStateMachine):
             self.check_found(namespace, tokens, cached, reason)
         whole, rest = divmod(cached, self.size)
         assert lease.shared == len(lease.blocks) == whole
-        request = Running(lease, namespace, tokens, len(tokens), whole * self.size, stores)
+        request = Running(lease, namespace, tokens, len(tokens), whole * self.size, stores, terms)
         self.running.append(request)
+        self.notice_removal()
+        self.used(request)
         assert (lease.source is not None) == (rest > 0)
         if lease.source is not None:
             assert lease.source.tokens == rest
@@ -248,20 +300,27 @@ class CacheMachine(RuleBasedStateMachine):
         end = min(lease.shared + blocks, request.computed // self.size)
         before = self.cache.stats().evicted
         self.cache.commit(lease, pack(request.tokens[lease.shared * self.size : end * self.size]))
-        assert self.cache.stats().evicted == before
+        limited = request.namespace in self.limits
+        if limited:
+            self.complete = False
+        assert self.cache.stats().evicted == before or limited
         assert lease.detached == request.invalidated
         if not lease.detached:
-            assert lease.shared == end
-            self.stored.append((request.namespace, request.tokens[: end * self.size]))
+            assert lease.shared == end or limited
+            request.limited |= lease.shared < end
+            self.remember(request, lease.shared * self.size, lease.expires)
 
     def release(self, request: Running, keep_tail: bool) -> None:
         lease = request.lease
         self.running.remove(request)
+        self.used(request)
+        if request.namespace in self.limits:
+            self.complete = False
         tail = request.tokens[lease.shared * self.size : request.computed]
         if request.stores and keep_tail and len(tail) < self.size:
-            lease.release(pack(tail))
             if tail and not request.invalidated:
-                self.stored.append((request.namespace, request.tokens[: request.computed]))
+                self.remember(request, request.computed, max(lease.expires, self.cache.expiry_of(request.terms)))
+            lease.release(pack(tail))
         else:
             lease.release()
         stats = self.cache.stats()
@@ -286,16 +345,25 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.stored) > 5)
     @rule(namespace=namespaces | st.none())
     def invalidate(self, namespace: str | None) -> None:
-        before = self.cache.stats()
-        freed, in_use = self.cache.invalidate(namespace)
-        after = self.cache.stats()
-        assert after.free - before.free == freed == before.cached - after.cached
-        assert in_use <= after.leased == before.leased
+        self.forget(lambda: self.cache.invalidate(namespace))
         for request in self.running:
             request.invalidated |= namespace in (None, request.namespace)
-        self.stored = [entry for entry in self.stored if namespace not in (None, entry[0])]
+        self.stored = {key: expires for key, expires in self.stored.items() if namespace not in (None, key[0])}
+        self.pins = {key: pin for key, pin in self.pins.items() if namespace not in (None, key[0])}
         if not self.stored:
             self.complete = True
+
+    def forget(self, call: Callable[[], tuple[int, int]]) -> None:
+        """Check what a kind of invalidation says of itself."""
+        before = self.cache.stats()
+        freed, in_use = call()
+        after = self.cache.stats()
+        unused = (before.cached + before.pinned) - (after.cached + after.pinned)
+        assert after.free - before.free == freed == unused
+        assert in_use <= after.leased == before.leased
+        assert after.invalidated - before.invalidated == freed + in_use
+        self.removed_anything = True
+        self.complete = False
 
     @rule(namespace=namespaces, tokens=prompts)
     def look(self, namespace: str, tokens: tuple[int, ...]) -> None:
@@ -309,7 +377,123 @@ class CacheMachine(RuleBasedStateMachine):
             assert in_flight == self.being_computed(namespace, tokens, beyond)
         assert (self.cache.stats(), len(self.events)) == (before, events)
 
+    # What is kept; only where `controlled`
+
+    @precondition(lambda self: self.controlled)
+    @rule(seconds=st.sampled_from([0.0, 1.0, 1.0, 3.0]))
+    def wait(self, seconds: float) -> None:
+        for request in self.running:
+            self.used(request)
+        self.now += seconds
+        for request in self.running:
+            self.used(request)
+        before = self.cache.stats()
+        self.pins = {key: pin for key, pin in self.pins.items() if pin[1] > self.now}
+        self.cache.tick(self.now)
+        if self.cache.stats().expired > before.expired or self.limits:
+            self.removed_anything = True
+            self.complete = False
+        self.stored = {key: expires for key, expires in self.stored.items() if expires > self.now}
+        self.notice_removal()
+
+    @precondition(lambda self: self.controlled)
+    @rule(
+        namespace=namespaces, tokens=prompts, name=names, ttl=st.sampled_from([None, 2.0, 4.0]), most=st.integers(0, 9)
+    )
+    def pin(self, namespace: str, tokens: tuple[int, ...], name: str, ttl: float | None, most: int) -> None:
+        before = self.cache.stats().expired
+        self.pins.pop((namespace, name), None)
+        whole = len(tokens) // self.size * self.size
+        allowed = min(self.cached_at_most(namespace, (*tokens, 9)), whole)
+        held, limit = self.cache.pin(pack(tokens), namespace, name, ttl=ttl, most=most)
+        assert held % self.size == 0 and held <= allowed
+        assert (limit is Limit.NOTHING) == (held == whole) or limit is Limit.NOT_CACHED
+        if held:
+            self.pins[namespace, name] = (tokens[:held], math.inf if ttl is None else self.now + ttl)
+        self.removed_anything |= self.cache.stats().expired > before
+        self.complete &= self.cache.stats().expired == before
+        self.notice_removal()
+
+    @precondition(lambda self: self.controlled)
+    @rule(namespace=namespaces, name=names)
+    def unpin(self, namespace: str, name: str) -> None:
+        before = self.cache.stats()
+        assert self.cache.unpin(namespace, name) == ((namespace, name) in self.pins)
+        self.pins.pop((namespace, name), None)
+        self.removed_anything |= self.cache.stats().expired > before.expired
+        self.complete &= (self.cache.stats().expired, self.cache.stats().evicted) == (before.expired, before.evicted)
+        self.notice_removal()
+
+    @precondition(lambda self: self.controlled)
+    @rule(namespace=namespaces, blocks=st.integers(0, 8) | st.none())
+    def limit(self, namespace: str, blocks: int | None) -> None:
+        self.cache.limit(namespace, blocks)
+        self.limits.pop(namespace, None)
+        if blocks is not None:
+            self.limits[namespace] = blocks
+            self.complete = False
+
+    @precondition(lambda self: self.controlled)
+    @rule(namespace=namespaces, name=st.sampled_from(["s", "t"]))
+    def end_session(self, namespace: str, name: str) -> None:
+        """What only an ended session used is evicted before anything else."""
+        before = self.cache.stats().expired
+        blocks = self.cache.end_session(namespace, name)
+        assert blocks <= self.cache.total_blocks
+        self.removed_anything |= self.cache.stats().expired > before
+        self.complete &= self.cache.stats().expired == before
+        self.notice_removal()
+
+    @precondition(lambda self: self.controlled and self.running)
+    @rule(which=which, seconds=st.sampled_from([1.0, 3.0]))
+    def keep_session(self, which: int, seconds: float) -> None:
+        request = self.running[which % len(self.running)]
+        before = self.cache.stats().expired
+        kept = self.cache.keep_session(request.lease, seconds)
+        assert kept <= request.lease.shared * self.size
+        if kept:
+            key = (request.namespace, f"session {request.terms.session}")
+            self.pins[key] = (request.tokens[:kept], self.now + seconds)
+        self.complete &= self.cache.stats().expired == before
+        self.notice_removal()
+
+    @precondition(lambda self: self.controlled and len(self.stored) > 3)
+    @rule(namespace=namespaces, tokens=prompts)
+    def invalidate_prefix(self, namespace: str, tokens: tuple[int, ...]) -> None:
+        """From now on nothing that begins with the prompt is reused."""
+        self.forget(lambda: self.cache.invalidate_prefix(pack(tokens), namespace))
+        for (owner, sequence), expires in list(self.stored.items()):
+            if owner == namespace and sequence[: len(tokens)] == tokens:
+                del self.stored[owner, sequence]
+                shorter = (owner, sequence[: len(tokens) - 1])
+                self.stored[shorter] = max(expires, self.stored.get(shorter, 0.0))
+        self.pins = {
+            key: pin
+            for key, pin in self.pins.items()
+            if key[0] != namespace or self.cache.lookup(pack((*pin[0], 9)), namespace).cached_tokens >= len(pin[0])
+        }
+        assert self.cache.lookup(pack((*tokens, 9)), namespace).cached_tokens < len(tokens)
+        self.notice_removal()
+
+    @precondition(lambda self: self.controlled)
+    @rule(namespace=namespaces, name=st.sampled_from(["s", "t"]))
+    def invalidate_session(self, namespace: str, name: str) -> None:
+        self.forget(lambda: self.cache.invalidate_session(namespace, name))
+        self.pins = {
+            key: pin
+            for key, pin in self.pins.items()
+            if key[0] != namespace or self.cache.lookup(pack((*pin[0], 9)), namespace).cached_tokens >= len(pin[0])
+        }
+        self.notice_removal()
+
     # After every step
+
+    @invariant()
+    def pins_hold(self) -> None:
+        """What is pinned is there."""
+        for (namespace, name), (prefix, _) in self.pins.items():
+            if not name.startswith("session"):
+                assert self.cache.lookup(pack((*prefix, 9)), namespace).cached_tokens >= len(prefix)
 
     @invariant()
     def sound(self) -> None:
@@ -356,15 +540,28 @@ class SlruMachine(CacheMachine):
     policy = "slru"
 
 
+class ControlledMachine(CacheMachine):
+    """Time passes; requests have terms; pins, limits, sessions and all ways of forgetting."""
+
+    controlled = True
+
+
+class ControlledLfuMachine(ControlledMachine):
+    policy = "lfu"
+    max_edge_blocks = 2
+
+
 class ShortEdgesMachine(CacheMachine):
     """Edges of two blocks at most, so that commits and growth cross edges all the time."""
 
     max_edge_blocks = 2
 
 
-for machine in (CacheMachine, LfuMachine, SlruMachine, ShortEdgesMachine):
+for machine in (CacheMachine, LfuMachine, SlruMachine, ShortEdgesMachine, ControlledMachine, ControlledLfuMachine):
     machine.TestCase.settings = PROFILE
 TestLru = CacheMachine.TestCase
 TestLfu = LfuMachine.TestCase
 TestSlru = SlruMachine.TestCase
 TestShortEdges = ShortEdgesMachine.TestCase
+TestControlled = ControlledMachine.TestCase
+TestControlledLfu = ControlledLfuMachine.TestCase
