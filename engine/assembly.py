@@ -62,6 +62,7 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
         max_pause=config.max_pause_ms / 1000,
+        background_pause=config.warm_pause_ms / 1000,
         eos=frozenset(model.eos_token_ids),
     )
     served = ServedModel(

@@ -89,6 +89,34 @@ class EngineConfig(BaseModel):
         "as well: while anyone is streaming, prompts are computed in chunks that keep to it. It is exceeded where "
         "prompts would get less than a third of the time. 0: no limit, which prefills fastest.",
     )
+    warm_pause_ms: int = Field(
+        default=20,
+        ge=1,
+        description="How long a request may have to wait, in milliseconds, for a step that computes prompts ahead of "
+        "time. Longer warms faster. Beside running streams these get a share of a step instead.",
+    )
+    warm: str = Field(
+        default="",
+        description="File of prompts (a JSON value per line, see `prefixcache warm --help`) to compute at the start.",
+    )
+    warm_before_serving: bool = Field(
+        default=False, description="Say SERVING only when the prompts of --warm are computed."
+    )
+    remember: str = Field(
+        default="",
+        description="File in which the prefixes that save most are remembered, as token ids, readable for the owner "
+        "only. What it holds at the start is computed before the server says SERVING.",
+    )
+    remember_seconds: float = Field(
+        default=30.0, gt=0, allow_inf_nan=False, description="How often the file of --remember is written."
+    )
+    remember_wait_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long the start may wait for what is remembered to be computed; the rest is computed while "
+        "the server serves.",
+    )
     max_running: int = Field(default=64, ge=1, description="The most requests computed at the same time.")
     max_queue: int = Field(
         default=1024,

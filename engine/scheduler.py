@@ -163,6 +163,7 @@ class Scheduler:
         self._running: list[Request] = []  # oldest admission first
         self._later: list[Request] = []  # background requests that wait
         self._background: Request | None = None  # the one that is computed, unless it is among those running
+        self._hurried = False
         self._deadlines: list[tuple[float, int, Request]] = []
         self._totals = Totals()
 
@@ -231,6 +232,10 @@ class Scheduler:
     def lookup(self, prompt: Sequence[int], namespace: str) -> Found:
         """What a request with this prompt would find now."""
         return self.cache.lookup(pack(prompt), namespace)
+
+    def hurry(self, hurry: bool) -> None:
+        """Say whether nobody is served yet, so that background requests may take whole steps."""
+        self._hurried = hurry
 
     def cached(self, prompt: Sequence[int], namespace: str) -> int:
         """How many of a prompt's tokens are cached from its beginning; unlike in a lookup, the last one counts too."""
@@ -390,7 +395,7 @@ class Scheduler:
             self._begin(self._background, now, copies)
         request = self._background
         start, rest = request.computed, len(request.tokens) - request.computed
-        room = self._pace.background_chunk(load, start, rest)
+        room = (self._pace.chunk if self._hurried else self._pace.background_chunk)(load, start, rest)
         if room > 0:
             self._add_chunk(request, room, chunks, load)
 

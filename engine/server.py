@@ -4,7 +4,7 @@ The calls are in `engine.generation_service` and `engine.cache_service`, what al
 pass through in `engine.answers`, conversion and checks in `engine.wire`; all computing is
 on the engine's thread, tokenizing in a few threads of its own.
 
-    open port (NOT_SERVING) -> load -> warm up -> SERVING -> drain (NOT_SERVING) -> stop
+    open port (NOT_SERVING) -> load -> warm up -> warm prompts -> SERVING -> drain (NOT_SERVING) -> stop
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from engine.config import EngineConfig
 from engine.front import Front
 from engine.generation_service import Generation
 from engine.scheduler import Scheduler
+from engine.warm_start import WarmStart
 from prefixcache.errors import FailedPrecondition, Unavailable
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -57,6 +58,7 @@ class Server:
         self.port = 0
         self.died: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self.front = Front(config)
+        self._warm_start = WarmStart(self.front, config)
         self._config = config
         self._load = load
         self._computing = ThreadPoolExecutor(1, "engine")
@@ -85,11 +87,13 @@ class Server:
     async def start(self) -> None:
         """Open the port, load and warm up the engine, and serve.
 
-        Raises FailedPrecondition if the port cannot be had, InvalidArgument if the files of
-        tenants or TLS are of no use, and what loading raises.
+        Raises FailedPrecondition if the port cannot be had, InvalidArgument or
+        FailedPrecondition if the files of tenants, of TLS, to warm or to remember are of no
+        use, and what loading raises.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.front.gate.open()
+        self._warm_start.check()
         self._open_port()
         await self._grpc.start()
         running = asyncio.get_running_loop()
@@ -104,7 +108,9 @@ class Server:
         await self._limit_tenants()
         if self._config.tenants:
             self._following = asyncio.create_task(self._follow_tenants())
+        await self._warm_start.before_serving()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._warm_start.go_on()
         tokens = engine.blocks * engine.served.block_size
         log.info(
             f"serving {engine.served.name} on {self.address}: room for {tokens:,} cached tokens",
@@ -131,6 +137,7 @@ class Server:
     async def stop(self) -> None:
         """End everything now: requests in progress get UNAVAILABLE. Idempotent."""
         await self._health.enter_graceful_shutdown()
+        await self._warm_start.end()
         if self.front.loaded is not None:
             await asyncio.to_thread(self.front.loaded.loop.stop)
         self.front.feed.close()

@@ -20,12 +20,18 @@ from typing import Any, NoReturn
 from prefixcache.requests import Prompt
 from prefixcache.terms import MAX_PRIORITY
 
-KEYS = ("prompt", "messages", "tools", "add_generation_prompt", "id", "namespace", "ttl_seconds", "priority", "session")
+KEYS = (
+    *("prompt", "messages", "tools", "add_generation_prompt"),
+    *("id", "namespace", "ttl_seconds", "priority", "session", "tenant"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class FilePrompt:
-    """A prompt and what its line says of it; `line` counts from 1. None and "" where it says nothing."""
+    """A prompt and what its line says of it; `line` counts from 1. None and "" where it says nothing.
+
+    `tenant` says whose it is, in a file that a server reads for many.
+    """
 
     line: int
     prompt: Prompt
@@ -36,6 +42,7 @@ class FilePrompt:
     ttl: float | None = None
     priority: int | None = None
     session: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ def _read(line: int, value: object, ignore_others: bool) -> FilePrompt:
         ttl=_seconds(value.get("ttl_seconds")),
         priority=_priority(value.get("priority")),
         session=_of_type(value, "session", str, "", "a string"),
+        tenant=_of_type(value, "tenant", str, "", "a string"),
     )
 
 
