@@ -25,6 +25,8 @@ from prefixcache.errors import PrefixCacheError, ResourceExhausted, Unavailable
 T = TypeVar("T")
 
 LAST = (Finished, Failed)
+LONGEST_WAIT = 3600.0
+"""Seconds; a limit of the platform's own waiting is not far above."""
 
 clock = time.monotonic
 """The clock of arrivals, deadlines and timings, in seconds."""
@@ -129,6 +131,7 @@ class EngineLoop:
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
+                    self._scheduler.tick(clock())
                     future.set_result(function(self._scheduler))
                 except Exception as error:  # noqa: BLE001 - the caller gets it
                     future.set_exception(error)
@@ -174,9 +177,15 @@ class EngineLoop:
             self._ended.set()
 
     def _obey(self) -> None:
-        """Carry out the commands that have come; with nothing to compute, wait for one."""
-        if self._scheduler.idle:
-            self._inbox.get()()
+        """Carry out the commands that have come; with nothing to compute, wait for one, or for something to expire."""
+        while self._scheduler.idle:
+            now = clock()
+            self._scheduler.tick(now)
+            try:
+                self._inbox.get(timeout=min(self._scheduler.cache.next_expiry - now, LONGEST_WAIT))()
+                break
+            except queue.Empty:
+                pass
         while not self._inbox.empty():  # nobody else takes anything out
             self._inbox.get()()
 

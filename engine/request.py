@@ -17,6 +17,7 @@ from enum import Enum
 from prefixcache.errors import InvalidArgument, PrefixCacheError
 from prefixcache.lease import Lease
 from prefixcache.reasons import MissReason
+from prefixcache.terms import DEFAULT_TERMS, Terms
 from prefixcache.tokens import pack
 
 MAX_STOP_STRINGS = 16
@@ -115,12 +116,13 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts; cached + computed = prompt."""
+    """Token counts; cached + computed = prompt. `written_tokens` were added to the cache."""
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     recomputed_tokens: int
+    written_tokens: int = 0
 
     @property
     def computed_tokens(self) -> int:
@@ -139,12 +141,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The engine generates no more for this request."""
+    """The engine generates no more for this request. `kept_tokens` are kept for its session's next one."""
 
     reason: FinishReason
     usage: Usage
     timings: Timings
     stop_token: int | None = None
+    kept_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,9 @@ class Request:
     or one drawn at arrival. Times are those of the engine's clock, in seconds.
 
     A `background` request only puts its prompt into the cache: all of its tokens are
-    computed, none is sampled, and requests that somebody waits for go first.
+    computed, none is sampled, and requests that somebody waits for go first. `terms` say
+    how what it uses and stores is kept, `keep_for` for how many seconds its session's
+    blocks are kept from eviction when it has finished.
     """
 
     id: str
@@ -185,10 +190,13 @@ class Request:
     read: bool = True
     store: bool = True
     background: bool = False
+    terms: Terms = DEFAULT_TERMS
+    keep_for: float = 0.0
     arrival: float = 0.0
     deadline: float | None = None
 
     state: State = State.WAITING
+    account: str = ""
     tokens: list[int] = field(init=False)
     packed: bytes = field(init=False)
     computed: int = 0
@@ -197,6 +205,8 @@ class Request:
     started: Started | None = None
     passed_over: int = 0
     recomputed: int = 0
+    written: int = 0
+    kept: int | None = None
     admitted_at: float = 0.0
     first_token_at: float | None = None
     prefill_seconds: float = 0.0

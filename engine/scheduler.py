@@ -30,7 +30,7 @@ background: until its end it is treated like a live one.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -166,6 +166,7 @@ class Scheduler:
         self._hurried = False
         self._deadlines: list[tuple[float, int, Request]] = []
         self._totals = Totals()
+        self._totals_of: defaultdict[str, Totals] = defaultdict(Totals)
 
     # From outside
 
@@ -188,13 +189,14 @@ class Scheduler:
             )
         if len(prompt) > self._pool_tokens:
             raise InvalidArgument(
-                f"the prompt has {len(prompt)} tokens, but the block pool holds {self._pool_tokens}: "
-                "shorten it, or start the server with more --cache-memory"
+                f"the prompt has {len(prompt)} tokens, but the block pool holds {self._pool_tokens} beside "
+                "what may be pinned: shorten it, or start the server with more --cache-memory"
             )
 
     def submit(self, request: Request) -> None:
         """Put a validated request at the end of its queue."""
         params = request.params
+        request.account = self.cache.account_of(request.namespace)
         if request.background:
             request.max_length = len(request.prompt)
             self._later.append(request)
@@ -216,7 +218,8 @@ class Scheduler:
         With `error`, the request is told by a `Failed`; without, it hears nothing more.
         """
         if self._end(request):
-            self._totals.aborted += not request.background
+            for totals in self._counted(request):
+                totals.aborted += not request.background
             if error is not None:
                 request.sink(Failed(error))
 
@@ -225,13 +228,21 @@ class Scheduler:
 
         It must have started. Counted as finished; no event follows. Idempotent.
         """
+        self._keep(request)
         if self._end(request):
-            self._totals.finished += 1
+            for totals in self._counted(request):
+                totals.finished += 1
         return _finished(request, now, FinishReason.STOP, completion_tokens)
 
     def lookup(self, prompt: Sequence[int], namespace: str) -> Found:
         """What a request with this prompt would find now."""
-        return self.cache.lookup(pack(prompt), namespace)
+        packed = pack(prompt)
+        found = self.cache.lookup(packed, namespace)
+        return found._replace(alternative=self._alternative(found.reason, packed, namespace))
+
+    def tick(self, now: float) -> None:
+        """Say what time it is; what has expired in the cache is removed."""
+        self.cache.tick(now)
 
     def hurry(self, hurry: bool) -> None:
         """Say whether nobody is served yet, so that background requests may take whole steps."""
@@ -241,16 +252,25 @@ class Scheduler:
         """How many of a prompt's tokens are cached from its beginning; unlike in a lookup, the last one counts too."""
         return self.cache.lookup(pack([*prompt, 0]), namespace).cached_tokens  # the last token of all is never matched
 
-    def stats(self) -> EngineStats:
-        totals = replace(self._totals, miss_reasons=Counter(self._totals.miss_reasons))
-        promoted = sum(request.background for request in self._running)
-        background = len(self._later) + promoted + (self._background is not None)
-        return EngineStats(self.cache.stats(), len(self._waiting), len(self._running) - promoted, background, totals)
+    def stats(self, tenant: str | None = None) -> EngineStats:
+        """Count everything, or what concerns one tenant."""
+        totals = self._totals if tenant is None else self._totals_of.get(tenant, Totals())
+        totals = replace(totals, miss_reasons=Counter(totals.miss_reasons))
+        computed = [*self._running, *([self._background] if self._background is not None else ())]
+        waiting, running, later = (
+            [request for request in requests if tenant is None or request.account == tenant]
+            for requests in (self._waiting, computed, self._later)
+        )
+        background = sum(request.background for request in running)
+        return EngineStats(
+            self.cache.stats(tenant), len(waiting), len(running) - background, len(later) + background, totals
+        )
 
     # The step
 
     def schedule(self, now: float) -> Step | None:
         """Plan the next step, or return None if nothing can be computed."""
+        self.cache.tick(now)
         self._expire(now)
         self._grow()
         cached: dict[Request, int] = {}
@@ -313,7 +333,14 @@ class Scheduler:
 
     @property
     def _pool_tokens(self) -> int:
-        return self.cache.total_blocks * self.cache.block_size
+        return (self.cache.total_blocks - self.cache.pin_budget) * self.cache.block_size
+
+    def _counted(self, request: Request) -> tuple[Totals, Totals]:
+        """The counters that a request counts in."""
+        return self._totals, self._totals_of[request.account]
+
+    def _alternative(self, reason: MissReason, packed: bytes, namespace: str) -> int:
+        return self.cache.alternative(packed, namespace) if reason is MissReason.DIVERGED else 0
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.cache.block_size)
@@ -453,7 +480,7 @@ class Scheduler:
 
     def _begin(self, request: Request, now: float, copies: list[BlockCopy]) -> None:
         """Give a request its blocks."""
-        lease = self.cache.match(request.packed, request.namespace, read=request.read)
+        lease = self.cache.match(request.packed, request.namespace, read=request.read, terms=request.terms)
         missing = self._blocks_for(len(request.tokens)) - lease.shared
         try:
             self.cache.allocate(lease, missing, room=self._room(request))
@@ -471,16 +498,19 @@ class Scheduler:
         request.computed = lease.cached_tokens
         if request.started is None:
             request.admitted_at = now
-            started = Started(len(request.prompt), lease.cached_tokens, lease.reason, lease.position)
+            alternative = self._alternative(lease.reason, request.packed, request.namespace)
+            started = Started(len(request.prompt), lease.cached_tokens, lease.reason, lease.position, alternative)
             request.started = started
             if not request.background:
-                self._totals.admitted += 1
-                self._totals.prompt_tokens += started.prompt_tokens
-                self._totals.cached_tokens += started.cached_tokens
-                self._totals.miss_reasons[started.reason] += 1
+                for totals in self._counted(request):
+                    totals.admitted += 1
+                    totals.prompt_tokens += started.prompt_tokens
+                    totals.cached_tokens += started.cached_tokens
+                    totals.miss_reasons[started.reason] += 1
             request.sink(started)
         if not request.background:
-            self._totals.recomputed_tokens += again
+            for totals in self._counted(request):
+                totals.recomputed_tokens += again
 
     def _preempt(self, request: Request) -> None:
         """Put a request that is computed back to the head of its queue."""
@@ -493,7 +523,8 @@ class Scheduler:
         request.packed = pack(request.tokens)
         request.passed_over = PATIENCE
         self._waiting.insert(0, request)
-        self._totals.preempted += 1
+        for totals in self._counted(request):
+            totals.preempted += 1
 
     def _leave(self, request: Request) -> None:
         """Take a request out of those that are computed."""
@@ -530,12 +561,19 @@ class Scheduler:
         tail = request.tokens[lease.shared * self.cache.block_size : request.computed]
         keep = request.store and 0 < len(tail) < self.cache.block_size
         lease.release(pack(tail) if keep else b"")
+        request.written += lease.stored
         request.lease = None
+
+    def _keep(self, request: Request) -> None:
+        """Before a request ends well: keep its session's blocks, if it asked for that."""
+        if request.keep_for and request.lease is not None:
+            request.kept = self.cache.keep_session(request.lease, request.keep_for)
 
     def _book(self, request: Request, sample: Sampled, now: float) -> None:
         """Add a sampled token; the one that ends the output is counted but not part of it."""
         request.tokens.append(sample.token)
         self._totals.generated_tokens += 1
+        self._totals_of[request.account].generated_tokens += 1
         if request.first_token_at is None:
             request.first_token_at = now
         params = request.params
@@ -546,13 +584,15 @@ class Scheduler:
             self._finish(request, now, sample.token if ends else None)
 
     def _finish(self, request: Request, now: float, stop_token: int | None) -> None:
+        self._keep(request)
         self._end(request)
-        if request.background:
-            assert request.started is not None
-            self._totals.warmed_prompts += 1
-            self._totals.warmed_tokens += len(request.prompt) - request.started.cached_tokens
-        else:
-            self._totals.finished += 1
+        for totals in self._counted(request):
+            if request.background:
+                assert request.started is not None
+                totals.warmed_prompts += 1
+                totals.warmed_tokens += len(request.prompt) - request.started.cached_tokens
+            else:
+                totals.finished += 1
         reason = FinishReason.LENGTH if stop_token is None else FinishReason.STOP
         request.sink(_finished(request, now, reason, len(request.tokens) - len(request.prompt), stop_token))
 
@@ -567,6 +607,7 @@ def _finished(
         cached_tokens=request.started.cached_tokens,
         completion_tokens=completion_tokens,
         recomputed_tokens=request.recomputed,
+        written_tokens=request.written,
     )
     timings = Timings(
         queue=request.admitted_at - request.arrival,
@@ -574,4 +615,4 @@ def _finished(
         total=now - request.arrival,
         prefill=request.prefill_seconds,
     )
-    return Finished(reason, usage, timings, stop_token)
+    return Finished(reason, usage, timings, stop_token, request.kept)

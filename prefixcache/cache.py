@@ -33,14 +33,12 @@ from prefixcache.lease import BlockSource, CacheEvent, Found, Lease, OutOfBlocks
 from prefixcache.pins import Holder, Limit, Pin, PinKey, Pinned, Pins, is_under
 from prefixcache.pool import BlockPool
 from prefixcache.reasons import MissReason
-from prefixcache.terms import Terms
+from prefixcache.terms import DEFAULT_TERMS, Terms
 from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, root_hash
 from prefixcache.tree import MAX_EDGE_BLOCKS, Account, Node, Partial, Place, RadixTree, Session, Space
 
 DEFAULT_MEMORY_OF_REMOVED = 32_768
 """How many removed runs of blocks are remembered to explain misses (about 100 bytes each)."""
-DEFAULT_PIN_SHARE = 0.25
-DEFAULT_TERMS = Terms()
 MAX_ALTERNATIVES = 64
 """How many children are looked at, and how many nodes deep, for the nearest alternative to a prompt."""
 
@@ -87,7 +85,7 @@ class PrefixCache:
         listener: Callable[[CacheEvent], None] | None = None,
         memory_of_removed: int = DEFAULT_MEMORY_OF_REMOVED,
         account_of: Callable[[str], str] = str,
-        pin_share: float = DEFAULT_PIN_SHARE,
+        pin_share: float = 0.0,
         session_idle: float = math.inf,
     ) -> None:
         self.now = 0.0
@@ -118,6 +116,16 @@ class PrefixCache:
     @property
     def total_blocks(self) -> int:
         return self._pool.total
+
+    def account_of(self, namespace: str) -> str:
+        """Return for whom the blocks of a namespace count."""
+        return self._account_of(namespace)
+
+    @property
+    def next_expiry(self) -> float:
+        """When `tick` will have something to do; infinite if never, as things are."""
+        first = self._agenda.first()
+        return math.inf if first is None else float(first[0])
 
     @property
     def pin_budget(self) -> int:

@@ -18,3 +18,6 @@ class Terms(NamedTuple):
     sliding: bool = True
     priority: int = DEFAULT_PRIORITY
     session: str = ""
+
+
+DEFAULT_TERMS = Terms()

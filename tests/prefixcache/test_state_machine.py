@@ -96,6 +96,8 @@ class CacheMachine(RuleBasedStateMachine):
             policy=POLICIES[self.policy],
             listener=self.events.append,
             memory_of_removed=remembered,
+            pin_share=0.4 if self.controlled else 0.0,
+            session_idle=4.0 if self.controlled else math.inf,
         )
         self.memory: list[list[Slot | None]] = [[None] * block_size for _ in range(total)]
         self.running: list[Running] = []
