@@ -39,6 +39,10 @@ from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation
 FAREWELL_SECONDS = 5.0
 GRACE_SECONDS = 0.5
 
+# A client who waits sends pings to learn whether the server is still there (every 30 seconds,
+# see prefixcache.channel). One who sends them more often than this is cut off.
+PING_MILLISECONDS = 10_000
+
 # How often the file of tenants is looked at; one that has changed is read at the second look.
 FOLLOW_SECONDS = 0.5
 
@@ -70,7 +74,7 @@ class Server:
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a second server on the same port is an error
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # allows clients' keepalive
+                ("grpc.http2.min_ping_interval_without_data_ms", PING_MILLISECONDS),
             ],
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(Generation(self.front), self._grpc)

@@ -438,6 +438,17 @@ def test_a_watcher_that_leaves_leaves_nothing(server: RunningServer) -> None:
     assert not feed._channels
 
 
+def test_a_watcher_to_whom_nothing_happens_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pings of a client who waits are no attack, however long the silence."""
+    monkeypatch.setattr("engine.server.PING_MILLISECONDS", 20)
+    options = (("grpc.keepalive_time_ms", 100), ("grpc.http2.max_pings_without_data", 0))
+    with RunningServer(PaperEngine()) as server, grpc.insecure_channel(server.address, options=options) as channel:
+        watch = cache_pb2_grpc.CacheServiceStub(channel).WatchEvents(cache_pb2.WatchEventsRequest(), timeout=3.6)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(watch)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 def test_a_server_that_stops_says_so_to_watchers() -> None:
     """They are not cut off without a word, and the server does not wait for them."""
     with Client("127.0.0.1:1") as unreachable, pytest.raises(Unavailable):
