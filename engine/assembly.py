@@ -55,6 +55,8 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
         policy=POLICIES[config.eviction],
         fingerprint=bytes.fromhex(fingerprint),
         account_of=tenant_of,
+        pin_share=config.max_pinned_percent / 100,
+        session_idle=config.session_idle_seconds,
     )
     scheduler = Scheduler(
         cache,

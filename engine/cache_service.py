@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 from engine import cache_wire, wire
 from engine.front import Context, Front
 from engine.loop import clock
 from engine.quotas import Quota
+from engine.scheduler import Scheduler
 from engine.warming import warm
-from prefixcache.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from prefixcache.cache import PrefixCache
+from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from prefixcache.tokens import pack
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc
 
 WARMED_AT_ONCE = 4
@@ -32,7 +36,9 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
 
     async def GetStats(self, message: cache_pb2.GetStatsRequest, context: Context) -> cache_pb2.GetStatsResponse:
         engine = self._front.engine
-        stats = await self._front.ask(lambda scheduler: scheduler.stats())
+        caller = self._front.caller(context)
+        tenant = None if caller.admin else caller.tenant
+        stats = await self._front.ask(lambda scheduler: scheduler.stats(tenant))
         return cache_wire.write_stats(
             stats,
             block_size=engine.served.block_size,
@@ -41,19 +47,68 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         )
 
     async def Pin(self, message: cache_pb2.PinRequest, context: Context) -> cache_pb2.PinResponse:
-        raise NotImplementedError
+        front, tenant = self._front, self._front.caller(context).tenant
+        wanted = cache_wire.read_pin(message, tenant)
+        prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
+        if not wanted.cached_only:
+            remaining = context.time_remaining()
+            deadline = None if remaining is None else clock() + remaining
+            with front.computing(context) as quota:
+                await warm(
+                    front,
+                    prompt,
+                    wanted.namespace,
+                    terms=front.terms,
+                    deadline=deadline,
+                    charge=lambda tokens: quota.charge(tokens, clock()),
+                )
+
+        def pin(scheduler: Scheduler) -> cache_pb2.PinResponse:
+            pinned = scheduler.cache.pin(pack(prompt), wanted.namespace, wanted.name, ttl=wanted.ttl)
+            return cache_wire.write_pinned(len(prompt), pinned, _pin_room(scheduler, tenant))
+
+        return await front.ask(pin)
 
     async def Unpin(self, message: cache_pb2.UnpinRequest, context: Context) -> cache_pb2.UnpinResponse:
-        raise NotImplementedError
+        namespace = wire.read_namespace(self._front.caller(context).tenant, message.namespace, "namespace")
+        name = wire.read_name(message.pin_id, "pin_id")
+        if not await self._front.ask(lambda scheduler: scheduler.cache.unpin(namespace, name)):
+            raise NotFound(f"there is no pin {name!r} in this namespace; it may have ended")
+        return cache_pb2.UnpinResponse()
 
     async def ListPins(self, message: cache_pb2.ListPinsRequest, context: Context) -> cache_pb2.ListPinsResponse:
-        raise NotImplementedError
+        tenant = self._front.caller(context).tenant
+        return await self._front.ask(
+            lambda scheduler: cache_wire.write_pins(scheduler.cache.pins(tenant), _pin_room(scheduler, tenant))
+        )
 
     async def EndSession(self, message: cache_pb2.EndSessionRequest, context: Context) -> cache_pb2.EndSessionResponse:
-        raise NotImplementedError
+        namespace = wire.read_namespace(self._front.caller(context).tenant, message.namespace, "namespace")
+        name = wire.read_name(message.session_id, "session_id")
+        blocks = await self._front.ask(lambda scheduler: scheduler.cache.end_session(namespace, name))
+        return cache_pb2.EndSessionResponse(blocks=blocks)
 
     async def Invalidate(self, message: cache_pb2.InvalidateRequest, context: Context) -> cache_pb2.InvalidateResponse:
-        raise NotImplementedError
+        tenant = self._front.caller(context).tenant
+        namespace = wire.read_namespace(tenant, message.namespace, "namespace")
+        forget: Callable[[PrefixCache], tuple[int, int]]
+        match message.WhichOneof("what"):
+            case "prefix":
+                packed = pack(await self._front.encode(wire.read_prompt(message.prefix)))
+                forget = partial(PrefixCache.invalidate_prefix, packed=packed, namespace=namespace)
+            case "session_id":
+                name = wire.read_name(message.session_id, "session_id")
+                forget = partial(PrefixCache.invalidate_session, namespace=namespace, name=name)
+            case "whole_namespace" if message.whole_namespace:
+                forget = partial(PrefixCache.invalidate, namespace=namespace)
+            case "everything" if message.everything:
+                forget = partial(PrefixCache.invalidate_account, account=tenant)
+            case _:
+                raise InvalidArgument(
+                    "nothing is named; send one of prefix, session_id, whole_namespace = true, everything = true"
+                )
+        freed, in_use = await self._front.ask(lambda scheduler: forget(scheduler.cache))
+        return cache_pb2.InvalidateResponse(freed_blocks=freed, in_use_blocks=in_use)
 
     async def WatchEvents(self, message: cache_pb2.WatchEventsRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
         after = cache_wire.read_watch(message)
@@ -96,7 +151,7 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         deadline = None if remaining is None else clock() + remaining
         name, prompt_tokens = str(position), None
         try:
-            wanted = cache_wire.read_warm(message, front.caller(context).tenant)
+            wanted = cache_wire.read_warm(message, front.caller(context).tenant, front.terms)
             name = message.id or name
             prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
             prompt_tokens = len(prompt)
@@ -105,9 +160,15 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
                 front,
                 prompt,
                 wanted.namespace,
+                terms=wanted.terms,
                 deadline=deadline,
                 charge=lambda tokens: quota.charge(tokens, clock()),
             )
         except (InvalidArgument, FailedPrecondition, ResourceExhausted) as error:
             return cache_wire.write_not_warmed(name, prompt_tokens, error)
         return cache_wire.write_warmed(name, len(prompt), warmth.cached_tokens, warmth.error)
+
+
+def _pin_room(scheduler: Scheduler, tenant: str) -> cache_wire.PinRoom:
+    cache = scheduler.cache
+    return cache_wire.PinRoom(cache.pinned_blocks(tenant), cache.pin_budget, cache.now)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.feed import Numbered, Snapshot, SnapshotEnd
 from engine.scheduler import EngineStats
 from engine.tenants import suffix_of
 from engine.tokenizer import Place, Prompt
-from engine.wire import MAX_REQUEST_ID_BYTES, duration, miss_reason, read_namespace, read_prompt
+from engine.wire import (
+    MAX_REQUEST_ID_BYTES,
+    duration,
+    miss_reason,
+    read_name,
+    read_namespace,
+    read_prompt,
+    read_seconds,
+    read_terms,
+)
 from prefixcache.errors import InvalidArgument, PrefixCacheError
 from prefixcache.lease import Found, Removed, Stored
+from prefixcache.pins import Limit, Pin, Pinned
+from prefixcache.terms import Terms
 from prefixcache.v1 import cache_pb2
 
 
@@ -27,19 +41,29 @@ def write_found(prompt_tokens: int, found: Found, place: Place | None) -> cache_
     )
 
 
+class PinRoom(NamedTuple):
+    """Blocks that a tenant's pins hold and may hold, and the time on the cache's clock."""
+
+    pinned: int
+    budget: int
+    now: float
+
+
 @dataclass(frozen=True, slots=True)
 class Warm:
     """A checked WarmRequest; the prompt is not tokenized yet."""
 
     prompt: Prompt
     namespace: str
+    terms: Terms
 
 
-def read_warm(message: cache_pb2.WarmRequest, tenant: str) -> Warm:
-    """Check a prompt to warm for a tenant. Raises InvalidArgument."""
+def read_warm(message: cache_pb2.WarmRequest, tenant: str, defaults: Terms) -> Warm:
+    """Check a prompt to warm for a tenant; what it leaves open is as in `defaults`. Raises InvalidArgument."""
     if len(message.id.encode()) > MAX_REQUEST_ID_BYTES:
         raise InvalidArgument(f"id must have at most {MAX_REQUEST_ID_BYTES} bytes")
-    return Warm(read_prompt(message.prompt), read_namespace(tenant, message.cache.namespace, "cache.namespace"))
+    namespace = read_namespace(tenant, message.cache.namespace, "cache.namespace")
+    return Warm(read_prompt(message.prompt), namespace, read_terms(message.cache, "cache", defaults))
 
 
 def write_warmed(name: str, prompt_tokens: int, cached_tokens: int, error: str) -> cache_pb2.WarmResponse:
@@ -59,6 +83,60 @@ def write_not_warmed(name: str, prompt_tokens: int | None, error: PrefixCacheErr
     """Return why a prompt was not warmed; its length is None if it could not be read."""
     return cache_pb2.WarmResponse(
         id=name, state=cache_pb2.WARM_STATE_FAILED, prompt_tokens=prompt_tokens, error=str(error)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PinWanted:
+    """A checked PinRequest; the prompt is not tokenized yet, `ttl` is in seconds."""
+
+    prompt: Prompt
+    namespace: str
+    name: str
+    ttl: float | None
+    cached_only: bool
+
+
+def read_pin(message: cache_pb2.PinRequest, tenant: str) -> PinWanted:
+    """Check a prompt to pin for a tenant. Raises InvalidArgument."""
+    return PinWanted(
+        prompt=read_prompt(message.prompt),
+        namespace=read_namespace(tenant, message.namespace, "namespace"),
+        name=read_name(message.pin_id, "pin_id"),
+        ttl=read_seconds(message.ttl, "ttl") if message.HasField("ttl") else None,
+        cached_only=message.cached_only,
+    )
+
+
+def write_pinned(prompt_tokens: int, pinned: Pinned, room: PinRoom) -> cache_pb2.PinResponse:
+    why = {
+        Limit.NOTHING: "",
+        Limit.NOT_CACHED: "not all of the prompt is cached",
+        Limit.BUDGET: f"the budget for pins, {room.budget:,} blocks, is used up; unpin something, or start the server "
+        "with a larger --max-pinned-percent or more --cache-memory",
+    }[pinned.limit]
+    return cache_pb2.PinResponse(
+        prompt_tokens=prompt_tokens,
+        pinned_tokens=pinned.tokens,
+        pinned_blocks=room.pinned,
+        budget_blocks=room.budget,
+        limited_by=why,
+    )
+
+
+def write_pins(pins: Iterable[Pin], room: PinRoom) -> cache_pb2.ListPinsResponse:
+    return cache_pb2.ListPinsResponse(
+        pins=[
+            cache_pb2.Pin(
+                pin_id=pin.key.name,
+                namespace=suffix_of(pin.key.namespace),
+                tokens=pin.tokens,
+                expires_in=None if math.isinf(pin.expires) else duration(pin.expires - room.now),
+            )
+            for pin in pins
+        ],
+        pinned_blocks=room.pinned,
+        budget_blocks=room.budget,
     )
 
 
@@ -104,6 +182,10 @@ def write_stats(
             leased=blocks.leased,
             evicted=blocks.evicted,
             bytes_per_block=bytes_per_block,
+            pinned=blocks.pinned,
+            expired=blocks.expired,
+            invalidated=blocks.invalidated,
+            quota=blocks.limit,
         ),
         requests=cache_pb2.RequestStats(
             waiting=stats.waiting,
@@ -123,4 +205,5 @@ def write_stats(
         ),
         miss_reasons={reason.value: count for reason, count in totals.miss_reasons.items()},
         uptime=duration(uptime),
+        sessions=blocks.sessions,
     )

@@ -168,6 +168,31 @@ class EngineConfig(BaseModel):
         description="Take tokens from other machines without TLS. Only where something else encrypts the way to here, "
         "such as a proxy or a service mesh.",
     )
+    default_ttl_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long cached prompts are kept, in seconds, unless a request says otherwise. 0: until they are "
+        "evicted.",
+    )
+    ttl_mode: Literal["sliding", "fixed"] = Field(
+        default="sliding",
+        description="What starts a time to live anew: every use ('sliding') or nothing ('fixed'), unless a request "
+        "says otherwise.",
+    )
+    session_idle_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A session that nobody has used for so long ends: what only it has used is evicted first.",
+    )
+    max_pinned_percent: int = Field(
+        default=25,
+        ge=0,
+        le=90,
+        description="Share of the cache that pins may hold. The rest is always there for requests, so it also bounds "
+        "the longest prompt.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least severe message that is logged. 'debug' has a line per request."
     )

@@ -22,6 +22,7 @@ from engine.scheduler import Scheduler
 from engine.tenants import Caller
 from engine.tokenizer import Place, Prompt
 from prefixcache.errors import Unauthenticated, Unavailable
+from prefixcache.terms import Terms
 
 TOKENIZER_THREADS = 2
 
@@ -40,6 +41,7 @@ class Front:
         self.stream_interval = config.stream_interval_ms / 1000
         self.gate = Gate(config.tenants, certificates=bool(config.tls_client_ca))
         self.active = 0
+        self.terms = Terms(ttl=config.default_ttl_seconds or None, sliding=config.ttl_mode == "sliding")
         self._engine: Engine | None = None
         self._began = 0.0
         self._tokenizing = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")

@@ -7,6 +7,7 @@ so a caller who leaves, at any point, leaves nothing behind.
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 import structlog
@@ -37,7 +38,7 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         front, engine = self._front, self._front.engine
         arrival = clock()
         remaining = context.time_remaining()
-        generation = wire.read_generate(message, engine.served, front.caller(context).tenant)
+        generation = wire.read_generate(message, engine.served, front.caller(context).tenant, front.terms)
         prompt = await front.encode(generation.prompt, engine.served.max_length - 1)
         # Stop strings are looked for as events come, and what is generated behind one is lost work.
         events = front.bridge.open(0.0 if generation.params.stop else front.stream_interval)
@@ -50,6 +51,8 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
             namespace=generation.namespace,
             read=generation.read,
             store=generation.store,
+            terms=generation.terms,
+            keep_for=generation.keep_for,
             arrival=arrival,
             deadline=None if remaining is None else arrival + remaining,
         )
@@ -57,7 +60,10 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         try:
             engine.loop.submit(request)
             await _relay(front, engine, request, events, context, quota)
-        except BaseException:
+        except BaseException as error:
+            if generation.end_session and isinstance(error, asyncio.CancelledError):
+                session = generation.terms.session
+                engine.loop.call(lambda scheduler: scheduler.cache.end_session(request.namespace, session))
             quota.charge(events.left(Sampled), clock())  # what nobody has read was computed all the same
             raise
         finally:

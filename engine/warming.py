@@ -13,10 +13,8 @@ from engine.request import Failed, Finished, Request, SamplingParams, Started
 from engine.scheduler import Scheduler
 from engine.tenants import tenant_of
 from prefixcache.reasons import MissReason
-from prefixcache.terms import Terms
+from prefixcache.terms import DEFAULT_TERMS, Terms
 from prefixcache.tokens import pack
-
-DEFAULT_TERMS = Terms()
 
 _LOST = {
     MissReason.EVICTED: "others took its room; warm less at a time, or start the server with more --cache-memory",
@@ -55,7 +53,6 @@ async def warm(
 
     def use(scheduler: Scheduler) -> bool:
         """Say whether all of it is cached, and then keep that on the given terms."""
-        scheduler.cache.tick(clock())
         whole = scheduler.cached(prompt, namespace) == len(prompt)
         if whole:
             scheduler.cache.match(pack([*prompt, 0]), namespace, terms=terms).release()
@@ -72,6 +69,7 @@ async def warm(
         sink=events.sink,
         namespace=namespace,
         background=True,
+        terms=terms,
         arrival=clock(),
         deadline=deadline,
     )

@@ -23,11 +23,14 @@ from engine.tenants import namespace_key
 from engine.tokenizer import Chat, Prompt
 from prefixcache.errors import InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
 from prefixcache.reasons import MissReason
+from prefixcache.terms import DEFAULT_TERMS, MAX_PRIORITY, Terms
 from prefixcache.v1 import generation_pb2, prompt_pb2
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_NAMESPACE_BYTES = 256
+MAX_NAME_BYTES = 128
 MAX_ROLE_BYTES = 64
+MAX_KEEP_SECONDS = 3600.0
 # gRPC sends a message in a header; long ones are cut off or refused on the way.
 MAX_STATUS_CHARACTERS = 2000
 
@@ -61,13 +64,21 @@ class Generation:
     namespace: str
     read: bool
     store: bool
+    terms: Terms
+    keep_for: float
+    end_session: bool
 
 
 # Requests
 
 
-def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel, tenant: str) -> Generation:
-    """Check a request of a tenant. Raises InvalidArgument, or NotFound for another model."""
+def read_generate(
+    message: generation_pb2.GenerateRequest, served: ServedModel, tenant: str, defaults: Terms = DEFAULT_TERMS
+) -> Generation:
+    """Check a request of a tenant; what it leaves open is as in `defaults`.
+
+    Raises InvalidArgument, or NotFound for another model.
+    """
     if message.model and message.model != served.name:
         raise NotFound(
             f"model {_shortened(message.model)!r} is not served here, only {served.name!r}; leave model empty to use it"
@@ -79,6 +90,16 @@ def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel, 
     params = _read_sampling(message.sampling)
     params.validate(served.vocab_size)
     cache = message.cache
+    terms = read_terms(cache, "cache", defaults)
+    keep_for = 0.0
+    if cache.HasField("keep_for"):
+        keep_for = read_seconds(cache.keep_for, "cache.keep_for")
+        if keep_for > MAX_KEEP_SECONDS:
+            raise InvalidArgument(
+                f"cache.keep_for must be at most {MAX_KEEP_SECONDS:g} seconds; pin what must stay longer"
+            )
+    if not terms.session and (keep_for or cache.end_session_on_disconnect):
+        raise InvalidArgument("cache.keep_for and cache.end_session_on_disconnect belong to a session; send session_id")
     return Generation(
         id=message.request_id or secrets.token_hex(8),
         prompt=read_prompt(message.prompt),
@@ -87,7 +108,45 @@ def read_generate(message: generation_pb2.GenerateRequest, served: ServedModel, 
         namespace=read_namespace(tenant, cache.namespace, "cache.namespace"),
         read=cache.read if cache.HasField("read") else True,
         store=cache.store if cache.HasField("store") else True,
+        terms=terms,
+        keep_for=keep_for,
+        end_session=cache.end_session_on_disconnect,
     )
+
+
+def read_terms(message: prompt_pb2.CacheControl, field: str, defaults: Terms) -> Terms:
+    """Return on which terms a request uses the cache. Raises InvalidArgument naming what is wrong below `field`."""
+    ttl = read_seconds(message.ttl, f"{field}.ttl") if message.HasField("ttl") else defaults.ttl
+    sliding = defaults.sliding
+    if message.ttl_mode != prompt_pb2.TTL_MODE_UNSPECIFIED:
+        if message.ttl_mode not in prompt_pb2.TtlMode.values():
+            raise InvalidArgument(f"{field}.ttl_mode is {message.ttl_mode}, which this server does not know")
+        sliding = message.ttl_mode == prompt_pb2.TTL_MODE_SLIDING
+    priority = message.priority if message.HasField("priority") else defaults.priority
+    if priority > MAX_PRIORITY:
+        raise InvalidArgument(f"{field}.priority is {priority}; it must be from 0 to {MAX_PRIORITY}")
+    if message.session_id:
+        read_name(message.session_id, f"{field}.session_id")
+    return Terms(ttl, sliding, priority, message.session_id)
+
+
+def read_seconds(message: Duration, field: str) -> float:
+    """Return a duration in seconds. Raises InvalidArgument unless it is above zero."""
+    seconds: float = message.seconds + message.nanos / 1e9
+    if seconds <= 0:
+        raise InvalidArgument(f"{field} is {seconds:g} seconds; it must be above 0, or absent")
+    return seconds
+
+
+def read_name(name: str, field: str) -> str:
+    """Return a name that a caller has given to something. Raises InvalidArgument if it is none."""
+    if not name:
+        raise InvalidArgument(f"{field} is empty; give a name")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise InvalidArgument(f"{field} must have at most {MAX_NAME_BYTES} bytes")
+    if not name.isprintable():
+        raise InvalidArgument(f"{field} must consist of printable characters")
+    return name
 
 
 def read_prompt(message: prompt_pb2.Prompt) -> Prompt:
@@ -226,6 +285,7 @@ def write_finished(finished: Finished, stop: str | None = None) -> generation_pb
                 computed_tokens=usage.computed_tokens,
                 completion_tokens=usage.completion_tokens,
                 recomputed_tokens=usage.recomputed_tokens,
+                written_tokens=usage.written_tokens,
             ),
             timings=generation_pb2.Timings(
                 queue=duration(timings.queue),
@@ -234,6 +294,7 @@ def write_finished(finished: Finished, stop: str | None = None) -> generation_pb
                 prefill=duration(timings.prefill),
             ),
             stopped_by=stop or "",
+            kept_tokens=finished.kept_tokens,
         )
     )
 
