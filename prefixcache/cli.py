@@ -19,7 +19,11 @@ import typer
 from typer.core import TyperGroup
 
 from prefixcache import terminal
+from prefixcache.cli_events import events
+from prefixcache.cli_keep import end_session, invalidate, pin, pins, unpin
 from prefixcache.cli_token import token
+from prefixcache.cli_warm import warm
+from prefixcache.cli_why import why
 from prefixcache.errors import PrefixCacheError
 from prefixcache.options import (
     DEFAULT_ADDRESS,
@@ -207,19 +211,23 @@ def lookup(
     Nothing is computed, and nothing in the cache changes.
     """
     from prefixcache.explain import around, sentence
+    from prefixcache.reasons import MissReason
 
     text = read_prompt(prompt, file)
     with connect(address) as client:
-        found = client.lookup(text, namespace=namespace, timeout=timeout)
-        if as_json:
-            write_json(**dataclasses.asdict(found), explanation=sentence(found))
-            return
-        cached, total = found.cached_tokens, found.prompt_tokens
-        typer.echo(f"{cached:,} of {total:,} prompt tokens are cached ({terminal.percent(cached, total)})")
-        typer.echo(sentence(found))
-        if 0 < cached < total - 1 and (place := around(client, text, cached)):
-            before, after = (json.dumps(part, ensure_ascii=False)[1:-1] for part in place)
-            typer.echo(f"the place: ...{before} <-- cached | not cached --> {after}...")
+        found = client.lookup(text, namespace=namespace, with_text=True, timeout=timeout)
+    if as_json:
+        fields = dataclasses.asdict(found)
+        del fields["text"]
+        write_json(**fields, explanation=sentence(found))
+        return
+    cached, total = found.cached_tokens, found.prompt_tokens
+    typer.echo(f"{cached:,} of {total:,} prompt tokens are cached ({terminal.percent(cached, total)})")
+    typer.echo(sentence(found))
+    if found.miss_reason is not MissReason.NONE and found.text and found.cached_characters:
+        place = around(found.text, found.cached_characters)
+        before, after = (terminal.safe(json.dumps(part, ensure_ascii=False)[1:-1]) for part in place)
+        typer.echo(f"the place: ...{before} <-- cached | not cached --> {after}...")
 
 
 @app.command()
@@ -277,4 +285,12 @@ def _ticks(interval: float, count: int | None) -> Iterator[None]:
         time.sleep(interval)
 
 
+app.command()(pin)
+app.command()(unpin)
+app.command()(pins)
+app.command()(invalidate)
+app.command()(end_session)
+app.command()(why)
+app.command()(warm)
+app.command()(events)
 app.command()(token)
