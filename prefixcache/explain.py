@@ -1,19 +1,20 @@
-"""What a prompt cost and why its cached prefix ended where it did, in plain words.
+"""What a prompt cost, why its cached prefix ended where it did, and what to do about it, in plain words.
 
-Positions count tokens from the beginning of the prompt.
+Positions count tokens from the beginning of the prompt, unless they say characters.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from prefixcache.errors import PrefixCacheError
 from prefixcache.reasons import MissReason
 
 if TYPE_CHECKING:  # only for its types: the results come with protobuf, which takes time to import
     from prefixcache.results import Completion
 
 CONTEXT_CHARACTERS = 32
+SIGHT_CHARACTERS = 400
+"""How far from the place where a prompt leaves the cached path something that varies is looked for."""
 
 
 class Miss(Protocol):
@@ -25,11 +26,8 @@ class Miss(Protocol):
     @property
     def miss_position(self) -> int: ...
 
-
-class Tokenizing(Protocol):
-    """What a client can do with text."""
-
-    def tokenize(self, prompt: str) -> list[int]: ...
+    @property
+    def alternative_tokens(self) -> int: ...
 
 
 def phrase(miss: Miss) -> str:
@@ -69,7 +67,8 @@ def sentence(miss: Miss) -> str:
         case MissReason.DIVERGED if miss.miss_position == 0:
             return "no cached prompt begins like this"
         case MissReason.DIVERGED:
-            return f"a cached prompt is the same up to {position} and goes on differently"
+            length = f" of {miss.alternative_tokens:,} tokens" if miss.alternative_tokens else ""
+            return f"a cached prompt{length} is the same up to {position} and goes on differently"
         case MissReason.EVICTED:
             return f"what follows {position} was cached, but has been evicted for lack of room"
         case MissReason.INVALIDATED:
@@ -100,20 +99,69 @@ def cost(completion: Completion) -> str:
     return "; ".join(parts)
 
 
-def around(client: Tokenizing, text: str, position: int) -> tuple[str, str] | None:
-    """Return the ends of the text before and after its token `position`, or None if there is no such place.
+class Place(NamedTuple):
+    """A place in a text; `line` and `column` count from 1, `characters` from 0."""
 
-    The characters are found by tokenizing beginnings of the text: about log2(characters)
-    calls. Where a tokenizer merges across the cut, the place may be a few characters off.
-    """
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        try:
-            fits = len(client.tokenize(text[:middle])) <= position
-        except PrefixCacheError:
-            return None
-        low, high = (middle, high) if fits else (low, middle - 1)
-    if low in (0, len(text)):
-        return None
-    return text[max(0, low - CONTEXT_CHARACTERS) : low], text[low : low + CONTEXT_CHARACTERS]
+    characters: int
+    line: int
+    column: int
+
+
+def place_in(text: str, characters: int) -> Place:
+    """Return where the text behind its first `characters` begins."""
+    start_of_line = text.rfind("\n", 0, characters) + 1
+    return Place(characters, text.count("\n", 0, characters) + 1, characters - start_of_line + 1)
+
+
+def around(text: str, characters: int) -> tuple[str, str]:
+    """Return the end of the first `characters` of a text, and the beginning of the rest."""
+    before, after = max(0, characters - CONTEXT_CHARACTERS), characters + CONTEXT_CHARACTERS
+    return text[before:characters], text[characters:after]
+
+
+class Varying(NamedTuple):
+    """Something in a text that tends to differ from prompt to prompt: what it is called, and where it stands."""
+
+    what: str
+    start: int
+    end: int
+
+
+def varying_at(text: str, characters: int) -> Varying | None:
+    """Return what varies around or right behind a place, in the same line, if it is of a kind that tends to."""
+    from prefixcache.doctor.pieces import VOLATILE, cut
+
+    start = max(text.rfind("\n", 0, characters) + 1, characters - SIGHT_CHARACTERS)
+    end = text.find("\n", characters)
+    sight = text[start : end if end >= 0 else None][: characters - start + SIGHT_CHARACTERS]
+    for kind, piece in cut(sight):
+        start, begin = start + len(piece), start
+        if start > characters and any(map(str.isalnum, piece)):  # spaces and quotes may share its first token
+            return Varying(VOLATILE[kind], begin, start) if kind in VOLATILE else None
+    return None
+
+
+def advice(miss: Miss, varying: str = "") -> str:
+    """Return what to do about a miss, as a clause; `varying` names what varies where the prompt diverges."""
+    match miss.miss_reason:
+        case MissReason.DIVERGED if varying:
+            return f"move the {varying}, and whatever else changes, behind everything that stays the same"
+        case MissReason.DIVERGED:
+            return (
+                "if this part changes from prompt to prompt, move it behind everything that stays the same; "
+                "`prefixcache doctor` finds such places in a file of prompts"
+            )
+        case MissReason.NEVER_SEEN:
+            return "nothing: it is cached once it has been computed; `prefixcache warm` does that ahead of time"
+        case MissReason.EVICTED:
+            return "give the server more --cache-memory, or keep the prompt by a pin or a higher priority"
+        case MissReason.EXPIRED:
+            return "ask for a longer time to live"
+        case MissReason.INVALIDATED:
+            return "nothing: it was forgotten on request, and is cached again once it has been computed"
+        case MissReason.IN_FLIGHT:
+            return "nothing: a request sent now waits for it instead of computing it again"
+        case MissReason.BYPASSED:
+            return "let the request read the cache"
+        case MissReason.NONE | MissReason.TOO_SHORT | None:
+            return "nothing"

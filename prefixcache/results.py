@@ -101,6 +101,11 @@ class Completion:
         """Where the prompt left the cached path."""
         return self.started.miss_position
 
+    @property
+    def alternative_tokens(self) -> int:
+        """If it diverged: length of the nearest cached prompt."""
+        return self.started.alternative_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
@@ -117,6 +122,44 @@ class Lookup:
     """If it diverges: length of the nearest cached prompt, which is the same up to `miss_position`."""
     text: str | None = None
     cached_characters: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """How much of a prompt is pinned, what all pins of the caller hold and may hold, and why not more, in words."""
+
+    prompt_tokens: int
+    pinned_tokens: int
+    pinned_blocks: int
+    budget_blocks: int
+    limited_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A pin; `expires_in` is in seconds, None until it is ended."""
+
+    pin_id: str
+    namespace: str
+    tokens: int
+    expires_in: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """The caller's pins, and the blocks that they hold together and may hold."""
+
+    pins: tuple[Pin, ...]
+    pinned_blocks: int
+    budget_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidated:
+    """Blocks that are free now, and blocks that running requests still use and nobody else will."""
+
+    freed_blocks: int
+    in_use_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +180,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class BlockStats:
-    """The block pool; free + cached + leased = total."""
+    """The block pool; free + cached + pinned + leased = total.
+
+    A tenant among others sees its own only: `total` is the sum of its own, `free` is 0.
+    `quota` is the most blocks that it may have cached, None for any number.
+    """
 
     block_size: int
     total: int
@@ -146,6 +193,10 @@ class BlockStats:
     leased: int
     evicted: int
     bytes_per_block: int
+    pinned: int = 0
+    expired: int = 0
+    invalidated: int = 0
+    quota: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +232,7 @@ class Stats:
     tokens: TokenStats
     miss_reasons: Mapping[str, int]
     uptime: float
+    sessions: int = 0
 
 
 class Fold:
@@ -279,6 +331,29 @@ def lookup_from(message: cache_pb2.LookupResponse) -> Lookup:
     )
 
 
+def pinned_from(message: cache_pb2.PinResponse) -> Pinned:
+    return Pinned(
+        message.prompt_tokens, message.pinned_tokens, message.pinned_blocks, message.budget_blocks, message.limited_by
+    )
+
+
+def pins_from(message: cache_pb2.ListPinsResponse) -> Pins:
+    pins = tuple(
+        Pin(
+            pin.pin_id,
+            pin.namespace,
+            pin.tokens,
+            pin.expires_in.ToNanoseconds() / 1e9 if pin.HasField("expires_in") else None,
+        )
+        for pin in message.pins
+    )
+    return Pins(pins, message.pinned_blocks, message.budget_blocks)
+
+
+def invalidated_from(message: cache_pb2.InvalidateResponse) -> Invalidated:
+    return Invalidated(message.freed_blocks, message.in_use_blocks)
+
+
 def model_from(message: generation_pb2.GetModelResponse) -> Model:
     return Model(
         message.name,
@@ -305,6 +380,10 @@ def stats_from(message: cache_pb2.GetStatsResponse) -> Stats:
             blocks.leased,
             blocks.evicted,
             blocks.bytes_per_block,
+            blocks.pinned,
+            blocks.expired,
+            blocks.invalidated,
+            blocks.quota if blocks.HasField("quota") else None,
         ),
         RequestStats(
             requests.waiting,
@@ -318,6 +397,7 @@ def stats_from(message: cache_pb2.GetStatsResponse) -> Stats:
         TokenStats(tokens.prompt, tokens.cached, tokens.computed, tokens.recomputed, tokens.generated),
         dict(message.miss_reasons),
         message.uptime.ToNanoseconds() / 1e9,
+        message.sessions,
     )
 
 

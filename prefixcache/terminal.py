@@ -28,6 +28,11 @@ RATE_SECONDS = 10.0
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 
+def safe(text: str) -> str:
+    """Return text with its control characters, but for newlines and tabs, replaced."""
+    return text.translate(_CONTROLS)
+
+
 def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
@@ -37,7 +42,7 @@ def write(pieces: Iterable[str]) -> None:
     written = False
     try:
         for piece in pieces:
-            sys.stdout.write(piece.translate(_CONTROLS) if sys.stdout.isatty() else piece)
+            sys.stdout.write(safe(piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
             written = True
     finally:
@@ -124,7 +129,7 @@ def stats_view(stats: Stats, rates: Rates | None = None) -> RenderableType:
     view.add_row(
         "",
         f"{blocks.total:,} of {blocks.block_size} tokens = {blocks.total * blocks.block_size:,} tokens, "
-        f"{size(blocks.total * blocks.bytes_per_block)}; {blocks.evicted:,} evicted so far",
+        f"{size(blocks.total * blocks.bytes_per_block)}; {_removed(blocks)} so far",
     )
     view.add_row(
         "requests",
@@ -152,6 +157,7 @@ def _pool(blocks: BlockStats) -> Text:
     bar, legend, filled = Text(), [], 0
     for name, count, cell, style in (
         ("leased", blocks.leased, "█", "cyan"),
+        ("pinned", blocks.pinned, "▒", "magenta"),
         ("cached", blocks.cached, "▓", "green"),
         ("free", blocks.free, "░", "dim"),
     ):
@@ -160,8 +166,19 @@ def _pool(blocks: BlockStats) -> Text:
         cells = BAR_CELLS - filled if name == "free" else min(share, BAR_CELLS - filled)
         filled += cells
         bar.append(cell * cells, style)
-        legend.append(Text.assemble((cell, style), f" {count:,} {name}"))
+        if count or name != "pinned":
+            legend.append(Text.assemble((cell, style), f" {count:,} {name}"))
     return Text.assemble(bar, "\n", Text("  ").join(legend))
+
+
+def _removed(blocks: BlockStats) -> str:
+    parts = [f"{blocks.evicted:,} evicted"]
+    parts += [
+        f"{count:,} {name}"
+        for count, name in ((blocks.expired, "expired"), (blocks.invalidated, "invalidated"))
+        if count
+    ]
+    return ", ".join(parts)
 
 
 def _reasons(stats: Stats) -> Text:

@@ -261,7 +261,7 @@ def test_generate_json(address: str) -> None:
     result = generate(address, PROMPT, "json")
     assert set(result) == {
         "text", "token_ids", "finish_reason", "stopped_by", "request_id", "prompt_tokens", "cached_tokens",
-        "computed_tokens", "completion_tokens", "recomputed_tokens", "miss_reason", "miss_position", "explanation",
+        "computed_tokens", "completion_tokens", "recomputed_tokens", "written_tokens", "miss_reason", "miss_position", "explanation",
         "ttft_seconds", "total_seconds",
     }  # fmt: skip
     assert result["prompt_tokens"] == result["computed_tokens"] == len(PROMPT) + 1
@@ -330,13 +330,17 @@ def test_lookup_says_how_much_is_cached_and_where_it_ends(address: str) -> None:
         "cached_tokens": len(PROMPT),
         "miss_reason": "none",
         "miss_position": len(PROMPT),
+        "alternative_tokens": 0,
+        "cached_characters": len(PROMPT) - 1,
         "explanation": "all of it was cached but the last token, which is always computed",
     }
     same = PROMPT.index("at the outer wall")
     for _ in range(2):  # the first look leaves nothing that the second could find
         lines = run("lookup", changed, *arguments).stdout.splitlines()
         assert lines[0].startswith(f"{same + 1} of {len(changed) + 1} prompt tokens are cached (")
-        assert lines[1] == f"a cached prompt is the same up to token {same + 1} and goes on differently"
+        assert re.fullmatch(
+            rf"a cached prompt of \d+ tokens is the same up to token {same + 1} and goes on differently", lines[1]
+        )
         assert lines[2] == (
             f"the place: ...{changed[same - 32 : same]} <-- cached | not cached --> {changed[same : same + 32]}..."
         )
