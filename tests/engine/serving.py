@@ -84,6 +84,10 @@ class RunningServer:
         """Return when so many Generate calls have reached the engine."""
         self._wait(lambda: self.server.front.active >= calls)
 
+    def wait_until_warming(self, prompts: int) -> None:
+        """Return when so many prompts are in the background."""
+        self._wait(lambda: self.stats().background == prompts)
+
     def wait_until_idle(self) -> None:
         """Return when no request is waiting or running any more."""
         self._wait(self.server.front.engine.loop.idle)
@@ -147,7 +151,7 @@ class PaperEngine:
     def __call__(self, config: EngineConfig, on_death: OnDeath) -> Engine:
         eos = 257
         scheduler = Scheduler(
-            PrefixCache(self._blocks, BLOCK, account_of=tenant_of),
+            PrefixCache(self._blocks, BLOCK, account_of=tenant_of, pin_share=config.max_pinned_percent / 100),
             max_length=PAPER_LENGTH,
             max_batch_tokens=256,
             max_running=self._max_running,

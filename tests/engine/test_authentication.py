@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from engine import logs
 from engine.authentication import Limits, bearer_token, read_tenants
 from engine.config import load
 from engine.gate import Gate
@@ -272,6 +273,25 @@ def test_refused_callers_are_logged_once_in_a_while(tmp_path: Path) -> None:
             gate.refused(Unauthenticated("the token is not known here"), "ipv4:192.0.2.1:5", now)
     assert [line["refused_since_last_line"] for line in lines] == [1, 3]
     assert lines[0]["peer"] == "ipv4:192.0.2.1:5"
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_traceback_in_the_log_shows_no_values(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever went wrong, neither a token nor a prompt that a function held gets into the log."""
+
+    def fail(token: str) -> None:
+        raise ZeroDivisionError("a bug")
+
+    logs.configure(load({}, log_format=form))
+    try:
+        fail(SECRET[::-1][::-1])
+    except ZeroDivisionError:
+        structlog.get_logger().exception("a call failed")
+    finally:
+        structlog.reset_defaults()
+    written = capsys.readouterr().err
+    assert "ZeroDivisionError: a bug" in written
+    assert SECRET not in written
 
 
 def test_without_a_file_everybody_may_call() -> None:
