@@ -115,6 +115,7 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         tenant = self._front.caller(context).tenant
         async with self._front.feed.watch(tenant, after) as watcher:
             async for numbered in watcher:
+                self._front.admit(context)  # a token that was taken out since the call began shows nothing more
                 await context.write(cache_wire.write_event(watcher.stream_id, numbered))
 
     async def WatchPrompts(self, message: cache_pb2.WatchPromptsRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only

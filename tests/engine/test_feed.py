@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from prefixcache.errors import (
     InvalidArgument,
     OutOfRange,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
 )
 from prefixcache.lease import Removed, Stored
@@ -32,6 +34,7 @@ from prefixcache.v1 import cache_pb2, cache_pb2_grpc
 from prefixcache.watch import BlocksStored, CacheEvent, Position, Watch
 from prefixcache.watch import SnapshotEnd as EndOfSnapshot
 from tests.engine.serving import BLOCK, PaperEngine, RunningServer
+from tests.engine.tenancy import entry, write
 
 SIZE = 4
 
@@ -459,6 +462,24 @@ def test_a_server_that_stops_says_so_to_watchers() -> None:
         next(watch)
     with client, pytest.raises(Unavailable, match="shutting down"):
         next(watch)
+
+
+def test_a_token_that_was_taken_out_shows_nothing_more(tmp_path: Path) -> None:
+    """A call that watches may be old; whoever may not call any more gets no further event."""
+    tenants = tmp_path / "tenants.toml"
+    options = {"tenants": write(tenants, entry("a"), entry("b"))}
+    with RunningServer(PaperEngine(), **options) as server, Client(server.address, token="a") as client:
+        watch = client.watch_events(timeout=30)
+        assert next(watch) == EndOfSnapshot(0, 0)
+        client.generate([1] * 40, max_tokens=1, namespace="seen")
+        seen = next(watch)
+        assert isinstance(seen, BlocksStored)
+        assert seen.namespace == "seen"
+        write(tenants, entry("b"))
+        server.loop.call_soon_threadsafe(server.server.front.gate.reload)
+        server.server.front.engine.loop.call(partial(forget, namespace_key("a", "seen"))).result(30)
+        with pytest.raises(Unauthenticated):
+            next(watch)
 
 
 @pytest.mark.parametrize("request_fields", [{"stream_id": "x"}, {"sequence": 0}])

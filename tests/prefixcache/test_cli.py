@@ -261,8 +261,8 @@ def test_generate_json(address: str) -> None:
     result = generate(address, PROMPT, "json")
     assert set(result) == {
         "text", "token_ids", "finish_reason", "stopped_by", "request_id", "prompt_tokens", "cached_tokens",
-        "computed_tokens", "completion_tokens", "recomputed_tokens", "written_tokens", "miss_reason", "miss_position", "explanation",
-        "ttft_seconds", "total_seconds",
+        "computed_tokens", "completion_tokens", "recomputed_tokens", "written_tokens", "miss_reason", "miss_position",
+        "explanation", "ttft_seconds", "total_seconds",
     }  # fmt: skip
     assert result["prompt_tokens"] == result["computed_tokens"] == len(PROMPT) + 1
     assert result["miss_reason"] == "never_seen"
