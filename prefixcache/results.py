@@ -53,6 +53,28 @@ class Usage:
     recomputed_tokens: int
     written_tokens: int = 0
 
+    def as_openai(self) -> dict[str, object]:
+        """Return the counts under the names of OpenAI's chat completions."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+    def as_anthropic(self) -> dict[str, int]:
+        """Return the counts under the names of Anthropic's messages, whose input is without what was read or written.
+
+        What was written counts as the prompt's as far as it goes, since the output is written after it.
+        """
+        written = min(self.written_tokens, self.computed_tokens)
+        return {
+            "input_tokens": self.computed_tokens - written,
+            "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": self.cached_tokens,
+            "output_tokens": self.completion_tokens,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
