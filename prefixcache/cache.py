@@ -522,9 +522,7 @@ class PrefixCache:
                 path.append(step)
                 step = step.parent
             size = sum(len(part.edge) for part in path)
-            if size > room:
-                break
-            if path:
+            if path and size <= room:
                 room -= size
                 covered.update(path)
                 chosen[node] = None

@@ -42,16 +42,29 @@ from prefixcache.channel import (
     translated,
 )
 from prefixcache.errors import Cancelled
-from prefixcache.requests import GenerateOptions, Prompt, generate_request, prompt_message
+from prefixcache.requests import (
+    GenerateOptions,
+    Prompt,
+    generate_request,
+    invalidate_request,
+    pin_request,
+    prompt_message,
+)
 from prefixcache.results import (
     Completion,
     Fold,
+    Invalidated,
     Lookup,
     Model,
+    Pinned,
+    Pins,
     Started,
     Stats,
+    invalidated_from,
     lookup_from,
     model_from,
+    pinned_from,
+    pins_from,
     stats_from,
 )
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -114,6 +127,49 @@ class Client:
     def stats(self, *, timeout: float | None = None) -> Stats:
         """Return the server's sizes and counters."""
         return stats_from(self._call(self._cache.GetStats, cache_pb2.GetStatsRequest(), timeout))
+
+    def pin(
+        self,
+        prompt: Prompt,
+        pin_id: str,
+        *,
+        namespace: str = "",
+        ttl: float | None = None,
+        cached_only: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
+    ) -> Pinned:
+        """Keep a prompt's blocks from eviction, for `ttl` seconds or until `unpin`; compute first what is missing."""
+        request = pin_request(prompt, pin_id, namespace, ttl, cached_only, tools)
+        return pinned_from(self._call(self._cache.Pin, request, timeout))
+
+    def unpin(self, pin_id: str, *, namespace: str = "", timeout: float | None = None) -> None:
+        """End a pin. Raises NotFound if there is none of that name."""
+        self._call(self._cache.Unpin, cache_pb2.UnpinRequest(pin_id=pin_id, namespace=namespace), timeout)
+
+    def pins(self, *, timeout: float | None = None) -> Pins:
+        """List the caller's pins."""
+        return pins_from(self._call(self._cache.ListPins, cache_pb2.ListPinsRequest(), timeout))
+
+    def end_session(self, session_id: str, *, namespace: str = "", timeout: float | None = None) -> int:
+        """End a session; return how many blocks only it has used, which are given up first from now on."""
+        request = cache_pb2.EndSessionRequest(session_id=session_id, namespace=namespace)
+        return int((self._call(self._cache.EndSession, request, timeout)).blocks)
+
+    def invalidate(
+        self,
+        prefix: Prompt | None = None,
+        *,
+        session_id: str | None = None,
+        namespace: str = "",
+        whole_namespace: bool = False,
+        everything: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
+    ) -> Invalidated:
+        """Forget what begins with a prompt, what only a session used, a namespace, or everything of the caller's."""
+        request = invalidate_request(prefix, session_id, namespace, whole_namespace, everything, tools)
+        return invalidated_from(self._call(self._cache.Invalidate, request, timeout))
 
     def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> Watch:
         """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
@@ -265,6 +321,49 @@ class AsyncClient:
     async def stats(self, *, timeout: float | None = None) -> Stats:
         """Return the server's sizes and counters."""
         return stats_from(await self._call(self._cache.GetStats, cache_pb2.GetStatsRequest(), timeout))
+
+    async def pin(
+        self,
+        prompt: Prompt,
+        pin_id: str,
+        *,
+        namespace: str = "",
+        ttl: float | None = None,
+        cached_only: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
+    ) -> Pinned:
+        """Keep a prompt's blocks from eviction, for `ttl` seconds or until `unpin`; compute first what is missing."""
+        request = pin_request(prompt, pin_id, namespace, ttl, cached_only, tools)
+        return pinned_from(await self._call(self._cache.Pin, request, timeout))
+
+    async def unpin(self, pin_id: str, *, namespace: str = "", timeout: float | None = None) -> None:
+        """End a pin. Raises NotFound if there is none of that name."""
+        await self._call(self._cache.Unpin, cache_pb2.UnpinRequest(pin_id=pin_id, namespace=namespace), timeout)
+
+    async def pins(self, *, timeout: float | None = None) -> Pins:
+        """List the caller's pins."""
+        return pins_from(await self._call(self._cache.ListPins, cache_pb2.ListPinsRequest(), timeout))
+
+    async def end_session(self, session_id: str, *, namespace: str = "", timeout: float | None = None) -> int:
+        """End a session; return how many blocks only it has used, which are given up first from now on."""
+        request = cache_pb2.EndSessionRequest(session_id=session_id, namespace=namespace)
+        return int((await self._call(self._cache.EndSession, request, timeout)).blocks)
+
+    async def invalidate(
+        self,
+        prefix: Prompt | None = None,
+        *,
+        session_id: str | None = None,
+        namespace: str = "",
+        whole_namespace: bool = False,
+        everything: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout: float | None = None,
+    ) -> Invalidated:
+        """Forget what begins with a prompt, what only a session used, a namespace, or everything of the caller's."""
+        request = invalidate_request(prefix, session_id, namespace, whole_namespace, everything, tools)
+        return invalidated_from(await self._call(self._cache.Invalidate, request, timeout))
 
     def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> AsyncWatch:
         """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""

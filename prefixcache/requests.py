@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
+
+from google.protobuf.duration_pb2 import Duration
 
 from prefixcache.errors import InvalidArgument
-from prefixcache.v1 import generation_pb2, prompt_pb2
+from prefixcache.v1 import cache_pb2, generation_pb2, prompt_pb2
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -51,6 +53,18 @@ class GenerateOptions(TypedDict, total=False):
     """Reuse cached blocks. True by default."""
     store_cache: bool | None
     """Keep what is computed for later requests. True by default."""
+    ttl: float | None
+    """Seconds that what this request uses and stores is kept, if it is not evicted before."""
+    ttl_mode: Literal["sliding", "fixed"] | None
+    """Whether every use starts the time to live anew (by default), or nothing does."""
+    priority: int | None
+    """0 to 100: lower ones are evicted first. 50 by default."""
+    session_id: str | None
+    """The chat or run it belongs to; what only that has used goes first when it ends."""
+    keep_for: float | None
+    """With a session: seconds that its blocks are kept for its next request, such as while a tool runs."""
+    end_session_on_disconnect: bool | None
+    """With a session: end it if this call ends before the answer is complete."""
     timeout: float | None
     """Seconds for the whole call; none by default."""
 
@@ -60,6 +74,8 @@ _SAMPLING = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs"),
 )
+
+_TTL_MODES = {"sliding": prompt_pb2.TTL_MODE_SLIDING, "fixed": prompt_pb2.TTL_MODE_FIXED}
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> generation_pb2.GenerateRequest:
@@ -77,15 +93,74 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generation_pb2
             model=given.get("model", ""),
             prompt=message,
             sampling=generation_pb2.Sampling(**sampling),
-            cache=prompt_pb2.CacheControl(
-                namespace=given.get("namespace", ""),
-                read=given.get("read_cache"),
-                store=given.get("store_cache"),
-            ),
+            cache=_cache_control(given),
             request_id=given.get("request_id", ""),
         )
     except ValueError as error:  # a number out of its type's range, or half a character
         raise InvalidArgument(f"an option cannot be sent: {error}") from error
+
+
+def _cache_control(given: Mapping[str, Any]) -> prompt_pb2.CacheControl:
+    control = cache_control(given.get("namespace"), given.get("ttl"), given.get("priority"), given.get("session_id"))
+    for field, option in (("read", "read_cache"), ("store", "store_cache")):
+        if option in given:
+            setattr(control, field, given[option])
+    mode = given.get("ttl_mode")
+    if mode is not None and mode not in _TTL_MODES:
+        raise InvalidArgument(f"ttl_mode cannot be {mode!r}; it is one of {', '.join(_TTL_MODES)}")
+    control.ttl_mode = prompt_pb2.TTL_MODE_UNSPECIFIED if mode is None else _TTL_MODES[mode]
+    if "keep_for" in given:
+        set_seconds(control.keep_for, given["keep_for"])
+    control.end_session_on_disconnect = given.get("end_session_on_disconnect", False)
+    return control
+
+
+def pin_request(
+    prompt: Prompt,
+    pin_id: str,
+    namespace: str,
+    ttl: float | None,
+    cached_only: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> cache_pb2.PinRequest:
+    request = cache_pb2.PinRequest(
+        prompt=prompt_message(prompt, tools), namespace=namespace, pin_id=pin_id, cached_only=cached_only
+    )
+    if ttl is not None:
+        set_seconds(request.ttl, ttl)
+    return request
+
+
+def invalidate_request(
+    prefix: Prompt | None,
+    session_id: str | None,
+    namespace: str,
+    whole_namespace: bool,
+    everything: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> cache_pb2.InvalidateRequest:
+    """Return what is to be forgotten. Raises InvalidArgument unless it is exactly one thing."""
+    if (prefix is not None) + (session_id is not None) + whole_namespace + everything != 1:
+        raise InvalidArgument("name exactly one of prefix, session_id, whole_namespace and everything")
+    request = cache_pb2.InvalidateRequest(namespace=namespace)
+    if prefix is not None:
+        chat = not isinstance(prefix, str) and len(prefix) > 0 and isinstance(prefix[0], Mapping)
+        request.prefix.CopyFrom(prompt_message(prefix, tools, False if chat else None))
+    elif session_id is not None:
+        request.session_id = session_id
+    elif whole_namespace:
+        request.whole_namespace = True
+    else:
+        request.everything = True
+    return request
+
+
+def set_seconds(duration: Duration, seconds: float) -> None:
+    """Set a duration of the protocol. Raises InvalidArgument if it cannot hold so many."""
+    try:
+        duration.FromNanoseconds(round(seconds * 1e9))
+    except (ValueError, OverflowError, TypeError) as error:
+        raise InvalidArgument(f"{seconds!r} is no number of seconds that can be sent: {error}") from None
 
 
 def cache_control(
@@ -94,11 +169,11 @@ def cache_control(
     """Return where and how long something is kept; `ttl` is in seconds."""
     try:
         control = prompt_pb2.CacheControl(namespace=namespace or "", priority=priority, session_id=session_id or "")
-        if ttl is not None:
-            control.ttl.FromNanoseconds(round(ttl * 1e9))
-        return control
-    except (ValueError, OverflowError) as error:  # a number out of its type's range, or half a character
+    except ValueError as error:  # a number out of its type's range, or half a character
         raise InvalidArgument(f"an option cannot be sent: {error}") from error
+    if ttl is not None:
+        set_seconds(control.ttl, ttl)
+    return control
 
 
 def prompt_message(
