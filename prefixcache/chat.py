@@ -3,11 +3,14 @@
 Every turn sends the whole conversation, as chat programs do; the cache makes that
 cheap. A turn that fails or is cancelled leaves the conversation as it was before. On a
 terminal there is a prompt with line editing; otherwise each line of stdin is a turn.
+
+A conversation is a session: when it ends, what only it has used is the first to go.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 from collections.abc import Iterator
 
@@ -17,6 +20,7 @@ from prefixcache.errors import FailedPrecondition, PrefixCacheError, Unavailable
 from prefixcache.explain import cost
 from prefixcache.requests import GenerateOptions
 
+END_SECONDS = 2.0
 HELP = """\
 /reset    begin a new conversation (with the same system prompt)
 /help     this list
@@ -29,12 +33,21 @@ class Conversation:
 
     def __init__(self, client: Client, system: str | None, options: GenerateOptions) -> None:
         self._client = client
-        self._options = options
+        self._options = options.copy()
         self._beginning = [{"role": "system", "content": system}] if system is not None else []
         self.reset()
 
     def reset(self) -> None:
+        """Begin anew, as another session."""
         self._turns = list(self._beginning)
+        self._options["session_id"] = f"chat-{secrets.token_hex(8)}"
+
+    def end(self) -> None:
+        """Tell the server that nobody will go on from here, if it still answers."""
+        session, namespace = self._options["session_id"], self._options.get("namespace")
+        assert session is not None
+        with contextlib.suppress(PrefixCacheError):
+            self._client.end_session(session, namespace=namespace or "", timeout=END_SECONDS)
 
     def say(self, text: str) -> None:
         """Send a turn, write the answer as it comes, and add both. Raises what the client raises."""
@@ -57,11 +70,19 @@ def chat(client: Client, system: str | None, options: GenerateOptions) -> None:
     if interactive:
         terminal.note(f"{model.name} ({model.architecture}) at {client.target}; /help lists what you can do")
     conversation = Conversation(client, system, options)
+    try:
+        _talk(conversation, interactive)
+    finally:
+        conversation.end()
+
+
+def _talk(conversation: Conversation, interactive: bool) -> None:
     for line in _lines(interactive):
         match line.strip():
             case "":
                 continue
             case "/reset":
+                conversation.end()
                 conversation.reset()
                 terminal.note("a new conversation")
             case "/help":

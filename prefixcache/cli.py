@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from prefixcache import terminal
+from prefixcache.cli_doctor import doctor
 from prefixcache.cli_events import events
 from prefixcache.cli_keep import end_session, invalidate, pin, pins, unpin
 from prefixcache.cli_token import token
@@ -33,10 +34,12 @@ from prefixcache.options import (
     Json,
     MaxTokens,
     Namespace,
+    Priority,
     Prompt,
     Seed,
     Temperature,
     Timeout,
+    TimeToLive,
     connect,
     connection_parameters,
     read_prompt,
@@ -130,6 +133,9 @@ def generate(
     namespace: Namespace = "",
     no_read: Annotated[bool, typer.Option("--no-read", help="Compute the whole prompt, whatever is cached.")] = False,
     no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing for later requests.")] = False,
+    ttl: TimeToLive = None,
+    priority: Priority = None,
+    session: Annotated[str | None, typer.Option(help="The session it belongs to.", show_default=False)] = None,
     timeout: Timeout = None,
     as_json: Json = False,
     address: Address = DEFAULT_ADDRESS,
@@ -146,6 +152,9 @@ def generate(
         "namespace": namespace,
         "read_cache": not no_read,
         "store_cache": not no_store,
+        "ttl": ttl,
+        "priority": priority,
+        "session_id": session,
         "timeout": timeout,
     }
     with connect(address) as client, client.stream(text, **options) as stream:
@@ -291,6 +300,7 @@ app.command()(pins)
 app.command()(invalidate)
 app.command()(end_session)
 app.command()(why)
+app.command()(doctor)
 app.command()(warm)
 app.command()(events)
 app.command()(token)

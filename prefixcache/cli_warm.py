@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from prefixcache import terminal
-from prefixcache.options import DEFAULT_ADDRESS, Address, Namespace, Timeout, connect, write_json
-from prefixcache.terms import MAX_PRIORITY
+from prefixcache.options import (
+    DEFAULT_ADDRESS,
+    Address,
+    Namespace,
+    Priority,
+    Timeout,
+    TimeToLive,
+    connect,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,16 +36,8 @@ def warm(
         str, typer.Argument(metavar="FILE", help="The file of prompts, or - for stdin.", show_default=False)
     ],
     namespace: Namespace = "",
-    ttl: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001, metavar="SECONDS", help="How long they are kept, if not evicted before.", show_default=False
-        ),
-    ] = None,
-    priority: Annotated[
-        int | None,
-        typer.Option(min=0, max=MAX_PRIORITY, help="Prompts of a lower priority are evicted first.", show_default="50"),
-    ] = None,
+    ttl: TimeToLive = None,
+    priority: Priority = None,
     timeout: Timeout = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write a JSON object per prompt instead, one per line.")

@@ -20,6 +20,7 @@ import typer
 from typer.main import get_command
 
 from prefixcache.errors import InvalidArgument, Unavailable
+from prefixcache.terms import MAX_PRIORITY
 
 if TYPE_CHECKING:
     from prefixcache.channel import TLS
@@ -65,6 +66,16 @@ Temperature = Annotated[
     float | None, typer.Option(help="0 takes the most probable token, more adds chance.", show_default="0")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="The same seed and prompt give the same tokens.")]
+TimeToLive = Annotated[
+    float | None,
+    typer.Option(
+        "--ttl", min=0.001, metavar="SECONDS", help="How long it is kept, if not evicted before.", show_default=False
+    ),
+]
+Priority = Annotated[
+    int | None,
+    typer.Option(min=0, max=MAX_PRIORITY, help="Prompts of a lower priority are evicted first.", show_default="50"),
+]
 Timeout = Annotated[float | None, typer.Option(min=0.001, help="Seconds to wait for the whole answer.")]
 
 

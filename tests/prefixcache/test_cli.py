@@ -353,7 +353,7 @@ def test_stats_json_adds_up(address: str) -> None:
     """`stats --json` is everything the server counts, under stable names."""
     generate(address, PROMPT, "stats")
     stats = json.loads(run("stats", "--json", "--address", address).stdout)
-    assert set(stats) == {"address", "blocks", "requests", "tokens", "miss_reasons", "uptime"}
+    assert set(stats) == {"address", "blocks", "requests", "tokens", "miss_reasons", "sessions", "uptime"}
     blocks, tokens = stats["blocks"], stats["tokens"]
     assert blocks["free"] + blocks["cached"] + blocks["leased"] == blocks["total"]
     assert tokens["cached"] + tokens["computed"] == tokens["prompt"] > 0
