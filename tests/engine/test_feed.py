@@ -29,6 +29,7 @@ from prefixcache.errors import (
     Unavailable,
 )
 from prefixcache.lease import Removed, Stored
+from prefixcache.terms import Terms
 from prefixcache.tokens import pack
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc
 from prefixcache.watch import BlocksStored, CacheEvent, Position, Watch
@@ -60,12 +61,12 @@ class World:
         """Run a function on the engine's thread."""
         await asyncio.wrap_future(self._engine.submit(function, self.cache))
 
-    async def store(self, tenant: str, suffix: str, tokens: range) -> None:
+    async def store(self, tenant: str, suffix: str, tokens: range, terms: Terms = Terms()) -> None:  # noqa: B008 - immutable
         """Store the whole blocks of a prompt."""
 
         def store(cache: PrefixCache) -> None:
             packed = pack(tokens)
-            lease = cache.match(packed + pack([0]), namespace_key(tenant, suffix))
+            lease = cache.match(packed + pack([0]), namespace_key(tenant, suffix), terms=terms)
             cache.allocate(lease, len(tokens) // SIZE - lease.shared)
             cache.commit(lease, packed[lease.shared * cache.block_bytes :])
             lease.release()
@@ -130,6 +131,34 @@ async def test_a_snapshot_comes_first_and_then_every_change(world: World) -> Non
         )
     async with world.feed.watch("a") as late:
         assert await take(late, 1) == [(2, SnapshotEnd(0))]
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        lambda cache: cache.evict(2),
+        lambda cache: cache.tick(11.0),
+        lambda cache: cache.invalidate(),
+        lambda cache: cache.invalidate_account("a"),
+        lambda cache: cache.invalidate_prefix(pack(range(6)), namespace_key("a", "x")),
+        lambda cache: cache.invalidate_session(namespace_key("a", "x"), "chat"),
+    ],
+    ids=["evicted", "expired", "all invalidated", "tenant invalidated", "prefix invalidated", "session invalidated"],
+)
+async def test_what_goes_is_removed_whatever_the_reason(world: World, remove: Callable[[PrefixCache], Any]) -> None:
+    """A watcher knows what is left, blocks removed with the deepest first."""
+    terms = Terms(ttl=10.0, session="chat")
+    await world.store("a", "x", range(12), terms)
+    async with world.feed.watch("a") as watcher:
+        (_, snapshot), _ = await take(watcher, 2)
+        assert isinstance(snapshot, Snapshot)
+        hashes = [snapshot.stored.hashes[start : start + 16] for start in range(0, 48, 16)]
+        await world.do(remove)
+        left = len(blocks_of(world.cache, "a"))
+        assert left < 3
+        ((_, removed),) = await take(watcher, 1)
+        assert isinstance(removed, Removed)
+        assert removed.hashes == b"".join(reversed(hashes[left:]))
 
 
 async def test_tenants_see_only_their_own(world: World) -> None:
