@@ -119,7 +119,9 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
                 await context.write(cache_wire.write_event(watcher.stream_id, numbered))
 
     async def WatchPrompts(self, message: cache_pb2.WatchPromptsRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
-        raise NotImplementedError
+        async with self._front.shapes.watch(self._front.caller(context), message.one_in or 1) as watcher:
+            async for shape in watcher:
+                await context.write(cache_wire.write_shape(shape))
 
     async def Warm(self, messages: AsyncIterator[cache_pb2.WarmRequest], context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
         room = asyncio.Semaphore(WARMED_AT_ONCE)
@@ -150,10 +152,9 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         front = self._front
         remaining = context.time_remaining()
         deadline = None if remaining is None else clock() + remaining
-        name, prompt_tokens = str(position), None
+        name, prompt_tokens = cache_wire.warm_name(message, position), None
         try:
             wanted = cache_wire.read_warm(message, front.caller(context).tenant, front.terms)
-            name = message.id or name
             prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
             prompt_tokens = len(prompt)
             quota.check(clock())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from engine.feed import Numbered, Snapshot, SnapshotEnd
 from engine.scheduler import EngineStats
+from engine.shapes import Shape
 from engine.tenants import suffix_of
 from engine.tokenizer import Place, Prompt
 from engine.wire import (
@@ -64,6 +65,12 @@ def read_warm(message: cache_pb2.WarmRequest, tenant: str, defaults: Terms) -> W
         raise InvalidArgument(f"id must have at most {MAX_REQUEST_ID_BYTES} bytes")
     namespace = read_namespace(tenant, message.cache.namespace, "cache.namespace")
     return Warm(read_prompt(message.prompt), namespace, read_terms(message.cache, "cache", defaults))
+
+
+def warm_name(message: cache_pb2.WarmRequest, position: int) -> str:
+    """Return the name of a prompt in its response, also if there is something wrong with it."""
+    usable = 0 < len(message.id.encode()) <= MAX_REQUEST_ID_BYTES
+    return message.id if usable else str(position)
 
 
 def write_warmed(name: str, prompt_tokens: int, cached_tokens: int, error: str) -> cache_pb2.WarmResponse:
@@ -166,6 +173,15 @@ def write_event(stream_id: str, numbered: Numbered) -> cache_pb2.WatchEventsResp
 
 def _stored(event: Stored) -> cache_pb2.BlocksStored:
     return cache_pb2.BlocksStored(namespace=suffix_of(event.namespace), parent=event.parent, hashes=event.hashes)
+
+
+def write_shape(shape: Shape) -> cache_pb2.WatchPromptsResponse:
+    response = cache_pb2.WatchPromptsResponse(
+        namespace=shape.namespace, prompt_tokens=shape.prompt_tokens, cached_tokens=shape.cached_tokens
+    )
+    for piece in shape.pieces:
+        response.pieces.add(hash=piece.hash, kind=piece.kind, characters=piece.characters)
+    return response
 
 
 def write_stats(

@@ -152,6 +152,12 @@ class EngineLoop:
         with self._lock:
             return not self._open
 
+    @property
+    def background(self) -> int:
+        """How many background requests have not ended."""
+        with self._lock:
+            return len(self._open) - self._live
+
     def stop(self) -> None:
         """Fail what is still open with Unavailable, end the loop and wait for it. Idempotent."""
         self.drain()

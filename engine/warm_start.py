@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from engine import wire
+from engine import cache_wire
 from engine.config import EngineConfig
 from engine.front import Front
 from engine.remember import Remembered, Unusable, read, write
@@ -27,8 +27,9 @@ from engine.tenants import ANONYMOUS, tenant_of
 from engine.warming import Warmth, warm
 from prefixcache.errors import FailedPrecondition, InvalidArgument, PrefixCacheError, Unavailable
 from prefixcache.prompt_files import BadLine, FilePrompt, read_prompts
-from prefixcache.requests import prompt_message
+from prefixcache.requests import cache_control, prompt_message
 from prefixcache.tokens import TOKEN_BYTES, unpack
+from prefixcache.v1 import cache_pb2
 
 SHARE = 0.9
 """The share of the cache that is remembered: the rest is for what comes before it is warm."""
@@ -143,7 +144,7 @@ class WarmStart:
         while self._tried < len(self._carried):
             prefix = self._carried[self._tried]
             try:
-                await warm(self._front, unpack(prefix.tokens), prefix.namespace)
+                await warm(self._front, unpack(prefix.tokens), prefix.namespace, terms=self._front.terms)
             except Unavailable:
                 raise
             except PrefixCacheError as error:
@@ -232,9 +233,13 @@ class WarmStart:
         tenant = line.tenant or ANONYMOUS
         if tenant not in known:
             raise InvalidArgument('"tenant" must name one of the tenants that may call here')
-        message = prompt_message(line.prompt, line.tools, line.add_generation_prompt)
-        prompt = await front.encode(wire.read_prompt(message), front.engine.served.max_length - 1)
-        return await warm(front, prompt, wire.read_namespace(tenant, line.namespace, "namespace"))
+        message = cache_pb2.WarmRequest(
+            prompt=prompt_message(line.prompt, line.tools, line.add_generation_prompt),
+            cache=cache_control(line.namespace, line.ttl, line.priority, line.session),
+        )
+        wanted = cache_wire.read_warm(message, tenant, front.terms)
+        prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
+        return await warm(front, prompt, wanted.namespace, terms=wanted.terms)
 
 
 def _contained(prefix: Remembered, others: list[tuple[str, bytes]]) -> bool:

@@ -24,6 +24,8 @@ from prefixcache.errors import Cancelled, InvalidArgument
 from prefixcache.requests import Prompt, cache_control, prompt_message
 from prefixcache.v1 import cache_pb2
 
+MAX_ID_BYTES = 128
+
 WarmState = Literal["cached", "computed", "failed"]
 
 
@@ -96,9 +98,12 @@ class _Requests:
         if unknown or "prompt" not in given:
             what = f"no key {sorted(unknown)[0]!r}" if unknown else "no prompt without 'prompt'"
             raise TypeError(f"there is {what}; see WarmPrompt")
-        name = given.get("id") or str(self._position)
+        position, name = str(self._position), given.get("id") or str(self._position)
         self._position += 1
         try:
+            if len(name.encode(errors="replace")) > MAX_ID_BYTES:
+                name = position
+                raise InvalidArgument(f"an id must have at most {MAX_ID_BYTES} bytes")
             message = prompt_message(given["prompt"], given.get("tools"), given.get("add_generation_prompt"))
             control = cache_control(
                 *(self._option(given, key) for key in ("namespace", "ttl", "priority", "session_id"))

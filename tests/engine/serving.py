@@ -86,11 +86,16 @@ class RunningServer:
 
     def wait_until_warming(self, prompts: int) -> None:
         """Return when so many prompts are in the background."""
-        self._wait(lambda: self.stats().background == prompts)
+        self._wait(lambda: self.server.front.engine.loop.background >= prompts)
 
-    def wait_until_idle(self) -> None:
-        """Return when no request is waiting or running any more."""
-        self._wait(self.server.front.engine.loop.idle)
+    def wait_until_idle(self, each: Callable[[], None] = lambda: None) -> None:
+        """Return when no request is waiting or running any more; do `each` before every look."""
+
+        def idle() -> bool:
+            each()
+            return self.server.front.engine.loop.idle()
+
+        self._wait(idle)
         self.stats()
 
     def wait_until_stopping(self) -> None:
