@@ -19,6 +19,7 @@ from engine.gate import Gate
 from engine.loop import clock
 from engine.quotas import Quota
 from engine.scheduler import Scheduler
+from engine.shapes import Shapes
 from engine.tenants import Caller
 from engine.tokenizer import Place, Prompt
 from prefixcache.errors import Unauthenticated, Unavailable
@@ -38,6 +39,7 @@ class Front:
     def __init__(self, config: EngineConfig) -> None:
         self.bridge = EventBridge(asyncio.get_running_loop())
         self.feed = Feed(asyncio.get_running_loop(), lambda function: self.engine.loop.call(function))
+        self.shapes = Shapes(asyncio.get_running_loop())
         self.stream_interval = config.stream_interval_ms / 1000
         self.gate = Gate(config.tenants, certificates=bool(config.tls_client_ca))
         self.active = 0

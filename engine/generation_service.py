@@ -8,6 +8,7 @@ so a caller who leaves, at any point, leaves nothing behind.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 
 import structlog
@@ -59,7 +60,8 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
         front.active += 1
         try:
             engine.loop.submit(request)
-            await _relay(front, engine, request, events, context, quota)
+            saw = partial(front.shapes.saw, generation.prompt, generation.namespace, tokenizer=engine.tokenizer)
+            await _relay(front, engine, request, events, context, quota, saw)
         except BaseException as error:
             if generation.end_session and isinstance(error, asyncio.CancelledError):
                 session = generation.terms.session
@@ -83,7 +85,13 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
 
 
 async def _relay(
-    front: Front, engine: Engine, request: Request, events: EventStream, context: Context, quota: Quota
+    front: Front,
+    engine: Engine,
+    request: Request,
+    events: EventStream,
+    context: Context,
+    quota: Quota,
+    saw: Callable[[Started], None],
 ) -> None:
     """Send a request's events to the caller until the last one. Raises the error of a `Failed`."""
     stream = TextStream(engine.tokenizer, request.params.stop)
@@ -97,6 +105,7 @@ async def _relay(
             match event:
                 case Started():
                     quota.charge(event.prompt_tokens - event.cached_tokens, clock())
+                    saw(event)
                     await context.write(wire.write_started(request.id, event))
                 case Sampled() if stream.stop is None:
                     text += stream.push(event.token)

@@ -145,6 +145,7 @@ class Server:
         if self.front.loaded is not None:
             await asyncio.to_thread(self.front.loaded.loop.stop)
         self.front.feed.close()
+        self.front.shapes.close()
         await self.front.wait_for_callers(FAREWELL_SECONDS)
         if self._following is not None:
             self._following.cancel()

@@ -69,7 +69,16 @@ from prefixcache.results import (
 )
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
 from prefixcache.warming import AsyncPrompts, AsyncWarming, Prompts, Warming, WarmOptions
-from prefixcache.watch import AsyncWatch, Position, Watch
+from prefixcache.watch import (
+    AsyncWatch,
+    AsyncWatching,
+    Position,
+    PromptShape,
+    Watch,
+    Watching,
+    shape_from,
+    watch_prompts_request,
+)
 
 # Threads
 
@@ -174,6 +183,11 @@ class Client:
     def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> Watch:
         """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
         return Watch(self._cache.WatchEvents, after, self.target, timeout)
+
+    def watch_prompts(self, *, one_in: int = 1, timeout: float | None = None) -> Watching[PromptShape]:
+        """Return the shapes of prompts as they arrive, one in so many: hashes, kinds and lengths, never text."""
+        request = watch_prompts_request(one_in)
+        return Watching(self._cache.WatchPrompts(request, timeout=timeout), shape_from, self.target)
 
     def warm(self, prompts: Prompts, **options: Unpack[WarmOptions]) -> Warming:
         """Compute prompts ahead of time, so that requests find them in the cache; those go first meanwhile."""
@@ -368,6 +382,11 @@ class AsyncClient:
     def watch_events(self, *, after: Position | None = None, timeout: float | None = None) -> AsyncWatch:
         """Return what is stored in the cache, then every change; only changes if `after` says where to go on."""
         return AsyncWatch(self._cache.WatchEvents, after, self.target, timeout)
+
+    def watch_prompts(self, *, one_in: int = 1, timeout: float | None = None) -> AsyncWatching[PromptShape]:
+        """Return the shapes of prompts as they arrive, one in so many: hashes, kinds and lengths, never text."""
+        request = watch_prompts_request(one_in)
+        return AsyncWatching(self._cache.WatchPrompts(request, timeout=timeout), shape_from, self.target)
 
     def warm(self, prompts: AsyncPrompts, **options: Unpack[WarmOptions]) -> AsyncWarming:
         """Compute prompts ahead of time, so that requests find them in the cache; those go first meanwhile."""

@@ -1,4 +1,4 @@
-"""Watching what a server's cache stores and removes.
+"""Watching what a server's cache stores and removes, and the shapes of prompts that arrive.
 
     with client.watch_events() as watch:
         for event in watch:
@@ -7,15 +7,16 @@
 First come the blocks that are stored already, then `SnapshotEnd`, then every change.
 After a disconnect, `client.watch_events(after=watch.position)` goes on where it was cut
 off; if that is too long ago it raises OutOfRange, and a new snapshot is needed.
+`client.watch_prompts()` begins with the next prompt.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import grpc
 
@@ -23,6 +24,8 @@ from prefixcache.channel import translated
 from prefixcache.errors import Cancelled, InvalidArgument, Unavailable
 from prefixcache.tokens import HASH_BYTES
 from prefixcache.v1 import cache_pb2
+
+T = TypeVar("T")
 
 
 class Position(NamedTuple):
@@ -66,6 +69,20 @@ class SnapshotEnd:
 CacheEvent = BlocksStored | BlocksRemoved | SnapshotEnd
 
 
+@dataclass(frozen=True, slots=True)
+class PromptShape:
+    """A prompt that arrived, without its text.
+
+    `pieces` are (hash, kind, length in characters) of its words, numbers, spaces and so
+    on. Hashes are equal for equal text, until the server starts anew.
+    """
+
+    pieces: tuple[tuple[int, str, int], ...]
+    namespace: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
 class _Reader:
     """Turns messages into events. `position` is None until the snapshot is complete."""
 
@@ -104,30 +121,37 @@ def _split(hashes: bytes) -> tuple[bytes, ...]:
     return tuple(hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES))
 
 
-class Watch:
-    """The events of a server's cache; iterate over it. They do not end by themselves.
+def watch_prompts_request(one_in: int) -> cache_pb2.WatchPromptsRequest:
+    try:
+        return cache_pb2.WatchPromptsRequest(one_in=one_in)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"one_in cannot be sent: {error}") from error
 
-    `position` is that of the last event, to go on after a disconnect; None until the
-    snapshot is complete. `close`, or leaving the `with` block, ends the watching.
+
+def shape_from(message: cache_pb2.WatchPromptsResponse) -> PromptShape:
+    pieces = tuple((piece.hash, piece.kind, piece.characters) for piece in message.pieces)
+    return PromptShape(pieces, message.namespace, message.prompt_tokens, message.cached_tokens)
+
+
+class Watching(Generic[T]):
+    """What a server tells for as long as somebody listens; iterate over it. It does not end by itself.
+
+    `close`, or leaving the `with` block, ends the watching.
     """
 
-    def __init__(self, method: Any, after: Position | None, target: str, timeout: float | None) -> None:
-        self._reader = _Reader(after)
+    def __init__(self, call: Any, read: Callable[[Any], T | None], target: str) -> None:
+        self._call = call
+        self._read = read
         self._target = target
-        self._call = method(self._reader.request(), timeout=timeout)
         self._closed = False
 
-    @property
-    def position(self) -> Position | None:
-        return self._reader.position
-
-    def __iter__(self) -> Iterator[CacheEvent]:
+    def __iter__(self) -> Iterator[T]:
         return self
 
-    def __next__(self) -> CacheEvent:
+    def __next__(self) -> T:
         try:
             for message in self._call:
-                if (event := self._reader.read(message)) is not None:
+                if (event := self._read(message)) is not None:
                     return event
         except grpc.RpcError as error:
             if self._closed:
@@ -149,28 +173,24 @@ class Watch:
         self.close()
 
 
-class AsyncWatch:
-    """`Watch` for asyncio."""
+class AsyncWatching(Generic[T]):
+    """`Watching` for asyncio."""
 
-    def __init__(self, method: Any, after: Position | None, target: str, timeout: float | None) -> None:
-        self._reader = _Reader(after)
+    def __init__(self, call: Any, read: Callable[[Any], T | None], target: str) -> None:
+        self._call = call
+        self._read = read
         self._target = target
-        self._call = method(self._reader.request(), timeout=timeout)
         self._closed = False
 
-    @property
-    def position(self) -> Position | None:
-        return self._reader.position
-
-    def __aiter__(self) -> AsyncIterator[CacheEvent]:
+    def __aiter__(self) -> AsyncIterator[T]:
         return self
 
-    async def __anext__(self) -> CacheEvent:
+    async def __anext__(self) -> T:
         if self._closed:
             raise Cancelled("the watching was ended")
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
-                if (event := self._reader.read(message)) is not None:
+                if (event := self._read(message)) is not None:
                     return event
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
@@ -199,5 +219,33 @@ class AsyncWatch:
         await self.close()
 
 
+class Watch(Watching[CacheEvent]):
+    """The events of a server's cache.
+
+    `position` is that of the last event, to go on after a disconnect; None until the
+    snapshot is complete.
+    """
+
+    def __init__(self, method: Any, after: Position | None, target: str, timeout: float | None) -> None:
+        self._reader = _Reader(after)
+        super().__init__(method(self._reader.request(), timeout=timeout), self._reader.read, target)
+
+    @property
+    def position(self) -> Position | None:
+        return self._reader.position
+
+
+class AsyncWatch(AsyncWatching[CacheEvent]):
+    """`Watch` for asyncio."""
+
+    def __init__(self, method: Any, after: Position | None, target: str, timeout: float | None) -> None:
+        self._reader = _Reader(after)
+        super().__init__(method(self._reader.request(), timeout=timeout), self._reader.read, target)
+
+    @property
+    def position(self) -> Position | None:
+        return self._reader.position
+
+
 def _ended(target: str) -> Unavailable:
-    return Unavailable(f"{target} ended the stream of events: watch it again")
+    return Unavailable(f"{target} ended the stream: watch it again")
