@@ -75,9 +75,12 @@ class _Call:
 
     def _admitted(self, data: Any, context: Context) -> Any:
         """Return the request, or the iterator of requests, of a caller who may call."""
+        self._admit(context)
+        return self._read_each(data, context) if self._streaming else self._read(data)
+
+    def _admit(self, context: Context) -> None:
         if not self._method.startswith(OPEN):
             self._front.admit(context)
-        return self._read_each(data) if self._streaming else self._read(data)
 
     def _read(self, data: bytes) -> Any:
         try:
@@ -85,8 +88,9 @@ class _Call:
         except Exception as error:  # noqa: BLE001 - whatever protobuf raises
             raise wire.unreadable(self._method, error) from None
 
-    async def _read_each(self, data: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async def _read_each(self, data: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         async for message in data:
+            self._admit(context)  # a token that was taken out since the call began gets nothing more done
             yield self._read(message)
 
     async def _refuse(self, context: Context, error: Exception) -> None:

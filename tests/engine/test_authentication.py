@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import signal
 import subprocess
 import sys
@@ -369,6 +370,28 @@ def test_what_a_tenant_had_cached_is_forgotten_with_it(tmp_path: Path) -> None:
 
 def reload(server: RunningServer) -> None:
     asyncio.run_coroutine_threadsafe(server.server.reload_tenants(), server.loop).result(30)
+
+
+def test_a_token_that_is_taken_out_ends_a_stream_of_requests(tmp_path: Path) -> None:
+    """What came before is answered; the next message is refused like a new call."""
+    path = tmp_path / "tenants.toml"
+    messages: queue.SimpleQueue[cache_pb2.WarmRequest] = queue.SimpleQueue()
+    one = cache_pb2.WarmRequest(prompt=prompt_pb2.Prompt(text="x"))
+    with (
+        RunningServer(PaperEngine(), tenants=write(path, entry("a", "old"))) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        call: Any = cache_pb2_grpc.CacheServiceStub(channel).Warm
+        answers = call(iter(messages.get, None), metadata=(("authorization", "Bearer old"),), timeout=20)
+        messages.put(one)
+        assert next(answers).state == cache_pb2.WARM_STATE_COMPUTED
+        write(path, entry("a", "new"))
+        reload(server)
+        messages.put(one)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_sighup_reads_the_file_again(tmp_path: Path) -> None:

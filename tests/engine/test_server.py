@@ -214,7 +214,7 @@ def test_other_methods_refuse_bad_input_alike(paper: RunningServer) -> None:
 
 def test_a_prompt_longer_than_the_pool_is_refused() -> None:
     """It could never be admitted, so it does not wait either."""
-    with RunningServer(PaperEngine(blocks=4)) as server:
+    with RunningServer(PaperEngine(blocks=4), max_pinned_percent=0) as server:
         error = failure_of(server.address, encoded(prompt=text("x" * 64)))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "the prompt has 65 tokens, but the block pool holds 64" in error.details()
