@@ -3,8 +3,9 @@
 Nothing is done while nobody watches. Shapes are computed on a thread of their own, at
 most a few at a time: prompts that come faster than that are left out, since to follow
 traffic one need not see all of it. A watcher has a short queue; one who lets it fill up
-is dropped. Hashes are keyed, so they say nothing to who has no key, and the key is new
-with every start of the server.
+is dropped. Hashes are keyed, so they say nothing to who has no key, and the keys are new
+with every start of the server. Every tenant has its own, so that nobody, by sending words
+and comparing their hashes, finds out which ones another tenant sends.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Shapes:
         self._waiting = 0
         self._closed = False
         self._key = secrets.token_bytes(16)
-        self._hashes: dict[str, int] = {}
+        self._hashes: dict[tuple[str, str], int] = {}
 
     @asynccontextmanager
     async def watch(self, caller: Caller, one_in: int = 1) -> AsyncIterator[Watcher]:
@@ -94,7 +95,7 @@ class Shapes:
         if not concerned or self._waiting >= COMPUTED_AT_ONCE:
             return
         self._waiting += 1
-        computing = self._loop.run_in_executor(self._thread, self._pieces, prompt, tokenizer)
+        computing = self._loop.run_in_executor(self._thread, self._pieces, prompt, tenant, tokenizer)
 
         def tell(done: asyncio.Future[list[PieceShape]]) -> None:
             self._waiting -= 1
@@ -116,20 +117,21 @@ class Shapes:
 
     # On the thread of its own
 
-    def _pieces(self, prompt: Prompt, tokenizer: Tokenizer) -> list[PieceShape]:
+    def _pieces(self, prompt: Prompt, tenant: str, tokenizer: Tokenizer) -> list[PieceShape]:
         pieces = []
         for field, text in _fields(prompt, tokenizer):
-            pieces.append(PieceShape(self._hash(field), FIELD + field, 0))
-            pieces += [PieceShape(self._hash(piece), kind, len(piece)) for kind, piece in cut(text)]
+            pieces.append(PieceShape(self._hash(tenant, field), FIELD + field, 0))
+            pieces += [PieceShape(self._hash(tenant, piece), kind, len(piece)) for kind, piece in cut(text)]
         return pieces
 
-    def _hash(self, text: str) -> int:
-        known = self._hashes.get(text)
+    def _hash(self, tenant: str, text: str) -> int:
+        known = self._hashes.get((tenant, text))
         if known is None:
             if len(self._hashes) >= _REMEMBERED_HASHES:
                 self._hashes.clear()
-            digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES, key=self._key).digest()
-            known = self._hashes[text] = int.from_bytes(digest, "little")
+            own = blake2b(tenant.encode(), digest_size=16, key=self._key).digest()
+            digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES, key=own).digest()
+            known = self._hashes[tenant, text] = int.from_bytes(digest, "little")
         return known
 
 
