@@ -163,7 +163,7 @@ class EngineConfig(BaseModel):
         description="File (PEM) of whoever signs the clients' certificates: only clients with such a certificate can "
         "connect, and its names may stand for a tenant.",
     )
-    allow_plaintext_tokens: bool = Field(
+    allow_plaintext: bool = Field(
         default=False,
         description="Take tokens from other machines without TLS. Only where something else encrypts the way to here, "
         "such as a proxy or a service mesh.",
@@ -230,10 +230,10 @@ class EngineConfig(BaseModel):
         if self.tls_client_ca and not self.tls_certificate:
             raise ValueError("tls_client_ca needs TLS: give tls_certificate and tls_key as well")
         plaintext = not self.tls_certificate and not is_loopback(self.host)
-        if self.tenants and plaintext and not self.allow_plaintext_tokens:
+        if self.tenants and plaintext and not self.allow_plaintext:
             raise ValueError(
                 f"tokens would cross the network unencrypted to {self.host}: give tls_certificate and tls_key, or "
-                "allow_plaintext_tokens if something else encrypts the way to here"
+                "allow_plaintext if something else encrypts the way to here"
             )
         return self
 

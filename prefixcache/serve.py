@@ -33,8 +33,11 @@ def command(description: str) -> Any:
 
     parameters = []
     for name, field in EngineConfig.model_fields.items():
-        default = False if field.default_factory is not None else str(field.default)
-        option = typer.Option(help=field.description, show_default=default)
+        default = str(field.default) if field.default_factory is None else ""
+        switch = (f"--{name.replace('_', '-')}",) if field.default is False else ()  # nobody switches off what is off
+        option = typer.Option(
+            *switch, help=field.description, show_default=default if default and not switch else False
+        )
         annotation: Any = Annotated[field.annotation | None, option]  # type: ignore[operator]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -452,7 +452,7 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, str], wo
         {"host": "127.0.0.1"},
         {"host": "localhost"},
         {"host": "::1"},
-        {"host": "0.0.0.0", "allow_plaintext_tokens": True},
+        {"host": "0.0.0.0", "allow_plaintext": True},
         {"host": "0.0.0.0", "tls_certificate": "x", "tls_key": "y"},
     ],
 )
