@@ -15,7 +15,7 @@ from engine.loop import EngineLoop
 from engine.model import DTYPES, LoadedModel, from_pretrained_model, load_model, resolve_device
 from engine.runner import Runner
 from engine.scheduler import Scheduler
-from engine.tenants import tenant_of
+from engine.tenants import PUBLISHED, tenant_of
 from engine.tokenizer import Tokenizer
 from engine.wire import ServedModel
 from prefixcache.cache import PrefixCache
@@ -55,6 +55,7 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
         policy=POLICIES[config.eviction],
         fingerprint=bytes.fromhex(fingerprint),
         account_of=tenant_of,
+        shared_namespace=PUBLISHED,
         pin_share=config.max_pinned_percent / 100,
         session_idle=config.session_idle_seconds,
     )

@@ -12,6 +12,7 @@ from engine.front import Context, Front
 from engine.loop import clock
 from engine.quotas import Quota
 from engine.scheduler import Scheduler
+from engine.tenants import PUBLISHED, Caller, tenant_of
 from engine.warming import warm
 from prefixcache.cache import PrefixCache
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
@@ -47,8 +48,8 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         )
 
     async def Pin(self, message: cache_pb2.PinRequest, context: Context) -> cache_pb2.PinResponse:
-        front, tenant = self._front, self._front.caller(context).tenant
-        wanted = cache_wire.read_pin(message, tenant)
+        front, caller = self._front, self._front.caller(context)
+        wanted = cache_wire.read_pin(message, caller)
         prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
         if not wanted.cached_only:
             remaining = context.time_remaining()
@@ -64,23 +65,34 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
                 )
 
         def pin(scheduler: Scheduler) -> cache_pb2.PinResponse:
-            pinned = scheduler.cache.pin(pack(prompt), wanted.namespace, wanted.name, ttl=wanted.ttl)
-            return cache_wire.write_pinned(len(prompt), pinned, _pin_room(scheduler, tenant))
+            cache, packed = scheduler.cache, pack(prompt)
+            if wanted.published:
+                pinned = cache.publish(packed, wanted.name)
+            else:
+                pinned = cache.pin(packed, wanted.namespace, wanted.name, ttl=wanted.ttl)
+            return cache_wire.write_pinned(len(prompt), pinned, _pin_room(scheduler, caller))
 
         return await front.ask(pin)
 
     async def Unpin(self, message: cache_pb2.UnpinRequest, context: Context) -> cache_pb2.UnpinResponse:
-        namespace = wire.read_namespace(self._front.caller(context).tenant, message.namespace, "namespace")
-        name = wire.read_name(message.pin_id, "pin_id")
-        if not await self._front.ask(lambda scheduler: scheduler.cache.unpin(namespace, name)):
+        namespace, name = cache_wire.read_unpin(message, self._front.caller(context))
+
+        def unpin(scheduler: Scheduler) -> bool:
+            return scheduler.cache.unpublish(name) if message.published else scheduler.cache.unpin(namespace, name)
+
+        if not await self._front.ask(unpin):
             raise NotFound(f"there is no pin {name!r} in this namespace; it may have ended")
         return cache_pb2.UnpinResponse()
 
     async def ListPins(self, message: cache_pb2.ListPinsRequest, context: Context) -> cache_pb2.ListPinsResponse:
-        tenant = self._front.caller(context).tenant
-        return await self._front.ask(
-            lambda scheduler: cache_wire.write_pins(scheduler.cache.pins(tenant), _pin_room(scheduler, tenant))
-        )
+        caller = self._front.caller(context)
+
+        def pins(scheduler: Scheduler) -> cache_pb2.ListPinsResponse:
+            cache = scheduler.cache
+            found = cache.pins(caller.tenant) + (cache.pins(tenant_of(PUBLISHED)) if caller.admin else [])
+            return cache_wire.write_pins(found, _pin_room(scheduler, caller))
+
+        return await self._front.ask(pins)
 
     async def EndSession(self, message: cache_pb2.EndSessionRequest, context: Context) -> cache_pb2.EndSessionResponse:
         namespace = wire.read_namespace(self._front.caller(context).tenant, message.namespace, "namespace")
@@ -119,8 +131,10 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
                 await context.write(cache_wire.write_event(watcher.stream_id, numbered))
 
     async def WatchPrompts(self, message: cache_pb2.WatchPromptsRequest, context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
-        async with self._front.shapes.watch(self._front.caller(context), message.one_in or 1) as watcher:
+        caller = self._front.caller(context)
+        async with self._front.shapes.watch(caller, message.one_in or 1) as watcher:
             async for shape in watcher:
+                self._front.gate.quota(caller)  # one who has been taken out since sees nothing more
                 await context.write(cache_wire.write_shape(shape))
 
     async def Warm(self, messages: AsyncIterator[cache_pb2.WarmRequest], context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
@@ -171,6 +185,8 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         return cache_wire.write_warmed(name, len(prompt), warmth.cached_tokens, warmth.error)
 
 
-def _pin_room(scheduler: Scheduler, tenant: str) -> cache_wire.PinRoom:
+def _pin_room(scheduler: Scheduler, caller: Caller) -> cache_wire.PinRoom:
+    """Blocks under a tenant's pins; to administrators, under all."""
     cache = scheduler.cache
-    return cache_wire.PinRoom(cache.pinned_blocks(tenant), cache.pin_budget, cache.now)
+    pinned = cache.pinned_blocks(None if caller.admin else caller.tenant)
+    return cache_wire.PinRoom(pinned, cache.pin_budget, cache.now)

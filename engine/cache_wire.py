@@ -10,7 +10,7 @@ from typing import NamedTuple
 from engine.feed import Numbered, Snapshot, SnapshotEnd
 from engine.scheduler import EngineStats
 from engine.shapes import Shape
-from engine.tenants import suffix_of
+from engine.tenants import PUBLISHED, Caller, suffix_of
 from engine.tokenizer import Place, Prompt
 from engine.wire import (
     MAX_REQUEST_ID_BYTES,
@@ -22,7 +22,7 @@ from engine.wire import (
     read_seconds,
     read_terms,
 )
-from prefixcache.errors import InvalidArgument, PrefixCacheError
+from prefixcache.errors import InvalidArgument, PermissionDenied, PrefixCacheError
 from prefixcache.lease import Found, Removed, Stored
 from prefixcache.pins import Limit, Pin, Pinned
 from prefixcache.terms import Terms
@@ -102,17 +102,38 @@ class PinWanted:
     name: str
     ttl: float | None
     cached_only: bool
+    published: bool
 
 
-def read_pin(message: cache_pb2.PinRequest, tenant: str) -> PinWanted:
-    """Check a prompt to pin for a tenant. Raises InvalidArgument."""
+def read_pin(message: cache_pb2.PinRequest, caller: Caller) -> PinWanted:
+    """Check a prompt to pin. Raises InvalidArgument, and PermissionDenied for a publication by a mere tenant."""
+    if message.published:
+        _check_publisher(caller)
+        if message.namespace or message.HasField("ttl"):
+            raise InvalidArgument("what is published has neither namespace nor ttl; leave them out")
     return PinWanted(
         prompt=read_prompt(message.prompt),
-        namespace=read_namespace(tenant, message.namespace, "namespace"),
+        namespace=PUBLISHED if message.published else read_namespace(caller.tenant, message.namespace, "namespace"),
         name=read_name(message.pin_id, "pin_id"),
         ttl=read_seconds(message.ttl, "ttl") if message.HasField("ttl") else None,
         cached_only=message.cached_only,
+        published=message.published,
     )
+
+
+def read_unpin(message: cache_pb2.UnpinRequest, caller: Caller) -> tuple[str, str]:
+    """Return the namespace and the name of a pin to end; raises as `read_pin` does."""
+    if message.published:
+        _check_publisher(caller)
+        return PUBLISHED, read_name(message.pin_id, "pin_id")
+    return read_namespace(caller.tenant, message.namespace, "namespace"), read_name(message.pin_id, "pin_id")
+
+
+def _check_publisher(caller: Caller) -> None:
+    if not caller.admin:
+        raise PermissionDenied(
+            f"tenant {caller.tenant!r} may not publish prompts; administrators may (admin = true in --tenants)"
+        )
 
 
 def write_pinned(prompt_tokens: int, pinned: Pinned, room: PinRoom) -> cache_pb2.PinResponse:
@@ -136,7 +157,8 @@ def write_pins(pins: Iterable[Pin], room: PinRoom) -> cache_pb2.ListPinsResponse
         pins=[
             cache_pb2.Pin(
                 pin_id=pin.key.name,
-                namespace=suffix_of(pin.key.namespace),
+                namespace="" if pin.key.namespace == PUBLISHED else suffix_of(str(pin.key.namespace)),
+                published=pin.key.namespace == PUBLISHED,
                 tokens=pin.tokens,
                 expires_in=None if math.isinf(pin.expires) else duration(pin.expires - room.now),
             )

@@ -561,7 +561,8 @@ class Scheduler:
         tail = request.tokens[lease.shared * self.cache.block_size : request.computed]
         keep = request.store and 0 < len(tail) < self.cache.block_size
         lease.release(pack(tail) if keep else b"")
-        request.written += lease.stored
+        copied = 0 if lease.source is None else lease.source.tokens  # these were in the cache before
+        request.written += max(lease.stored - copied, 0)
         request.lease = None
 
     def _keep(self, request: Request) -> None:

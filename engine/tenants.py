@@ -8,6 +8,10 @@ ANONYMOUS = "anonymous"
 """The tenant of every caller, as long as callers are not authenticated."""
 
 
+PUBLISHED = "0:,9:published"
+"""The namespace of published prompts: one of the tenant without a name, which nobody is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """An authenticated tenant. `admin`: also sees and steers what belongs to the whole server."""

@@ -32,7 +32,7 @@ from prefixcache.lease import BlockSource, Found, Lease, OutOfBlocks, Stored
 from prefixcache.reasons import MissReason
 from prefixcache.terms import DEFAULT_TERMS, Terms
 from prefixcache.tokens import TOKEN_BYTES, chain_hashes
-from prefixcache.tree import MAX_EDGE_BLOCKS, Account, Node, Partial, Place
+from prefixcache.tree import MAX_EDGE_BLOCKS, Account, Node, Partial, Place, Space
 
 MAX_ALTERNATIVES = 64
 """How many children are looked at, and how many nodes deep, for the nearest alternative to a prompt."""
@@ -73,18 +73,21 @@ class PrefixCache(Keeping):
 
     def lookup(self, packed: bytes, namespace: str = "") -> Found:
         """Say what a match would find. Changes nothing, not even recency. Costs what a match costs."""
-        space = self._spaces.get(namespace) or self._new_space(namespace)
-        place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
-        return self._found(place, packed)[0]
+        base, rest, inner = self.parts(packed, namespace)
+        space = self._spaces.get(inner) or self._new_space(inner)
+        place = self._tree.find(space.root, rest, self._whole_blocks_end(rest))
+        found = self._found(place, rest)[0]
+        if not base:
+            return found
+        before = len(base) // TOKEN_BYTES
+        reason = MissReason.NONE if found.reason is MissReason.TOO_SHORT else found.reason
+        return Found(before + found.cached_tokens, reason, before + found.position)
 
     def in_flight(self, packed: bytes, namespace: str = "", *, beyond: int = 0) -> bool:
         """Whether a live lease is computing a block that a match of `packed` will want behind `beyond` blocks."""
-        space = self._spaces.get(namespace)
-        end = (beyond + 1) * self.block_bytes
-        if space is None or not space.computing or end > self._whole_blocks_end(packed):
-            return False
-        wanted = packed[:end]
-        return any(lease._target.startswith(wanted) for lease in space.computing if lease.shared <= beyond)
+        base, rest, inner = self.parts(packed, namespace)
+        space = self._spaces.get(inner)
+        return space is not None and self._in_flight(rest, space, beyond - len(base) // self.block_bytes)
 
     def fits(self, packed: bytes, namespace: str, blocks: int) -> bool:
         """Whether a match of `packed` could be followed by allocating up to `blocks` blocks in all.
@@ -92,11 +95,12 @@ class PrefixCache(Keeping):
         Matched blocks that others hold already cost nothing; matched blocks that
         nobody holds are no longer available once they are matched.
         """
-        space = self._spaces.get(namespace)
-        held = 0
+        base, rest, inner = self.parts(packed, namespace)
+        space = self._spaces.get(inner)
+        held = len(base) // self.block_bytes
         if space is not None:
-            place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
-            held = len(place.blocks)
+            place = self._tree.find(space.root, rest, self._whole_blocks_end(rest))
+            held += len(place.blocks)
             node: Node | None = place.node
             depth = place.depth
             while node is not None and not node.refs and not node.pins:
@@ -110,14 +114,15 @@ class PrefixCache(Keeping):
 
         Where that path branches, it is followed to what was used last.
         """
-        space = self._spaces.get(namespace)
+        base, rest, inner = self.parts(packed, namespace)
+        space = self._spaces.get(inner)
         if space is None:
             return 0
-        place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
+        place = self._tree.find(space.root, rest, self._whole_blocks_end(rest))
         node = place.node
-        length = place.offset + len(node.edge) - place.depth * self.block_bytes
+        length = len(base) + place.offset + len(node.edge) - place.depth * self.block_bytes
         if place.depth == len(node.blocks):
-            source = self._tree.partial(place, self._rest(packed, place.offset))
+            source = self._tree.partial(place, self._rest(rest, place.offset))
             if source is not None and source.node is not node:
                 node = source.node
                 length += len(node.edge)
@@ -222,7 +227,16 @@ class PrefixCache(Keeping):
         the match ends inside one; costs O(length) with memcmp.
         """
         assert packed
-        space = self._space(namespace)
+        base, rest, inner = self.parts(packed, namespace) if read else (b"", packed, namespace)
+        lease = self._match(rest, self._space(inner), read, terms)
+        if base:
+            lease.stand_on(
+                self._match(base + rest[:TOKEN_BYTES], self._space(self.shared_namespace), True, DEFAULT_TERMS)
+            )
+        return lease
+
+    def _match(self, packed: bytes, space: Space, read: bool, terms: Terms) -> Lease:
+        """Hold what one space has of a prompt."""
         if not read:
             lease = Lease(self, space, space.root, [], Found(0, MissReason.BYPASSED, 0), terms)
             self._hold(lease)
@@ -249,9 +263,10 @@ class PrefixCache(Keeping):
 
     def announce(self, lease: Lease, packed: bytes) -> None:
         """Say that the lease will compute and commit the whole blocks of `packed`, for `in_flight` to find."""
-        lease._prompt = packed
-        target = packed[: len(packed) // self.block_bytes * self.block_bytes]
-        if len(target) > lease.shared * self.block_bytes:
+        rest = packed[lease.base * self.block_bytes :]
+        lease._prompt = rest
+        target = rest[: len(rest) // self.block_bytes * self.block_bytes]
+        if len(target) > (lease.shared - lease.base) * self.block_bytes:
             lease._target = target
             lease.space.computing.add(lease)
 
@@ -299,7 +314,7 @@ class PrefixCache(Keeping):
             self._keep(lease, child)
             node, offset = child, offset + depth * size
         self._move(lease, node)
-        if lease.shared * size >= len(lease._target):
+        if (lease.shared - lease.base) * size >= len(lease._target):
             lease.space.computing.discard(lease)
 
     def evict(self, count: int) -> int:
@@ -311,6 +326,13 @@ class PrefixCache(Keeping):
         return self._evict(self._queue, count)
 
     # Parts of these
+
+    def _in_flight(self, packed: bytes, space: Space, beyond: int) -> bool:
+        end = (beyond + 1) * self.block_bytes
+        if not space.computing or end > self._whole_blocks_end(packed):
+            return False
+        wanted = packed[:end]
+        return any(lease._target.startswith(wanted) for lease in space.computing if lease.shared - lease.base <= beyond)
 
     def _whole_blocks_end(self, packed: bytes) -> int:
         """Bytes of the whole blocks that may be matched: all but the last token."""
@@ -324,9 +346,9 @@ class PrefixCache(Keeping):
         """What a walk that ended at `place` found, with the partly matching block behind it."""
         source = self._tree.partial(place, self._rest(packed, place.offset))
         cached = place.offset // TOKEN_BYTES + (source.tokens if source else 0)
-        return self._explain(place, packed, cached), source
+        return self._explain(place, packed, cached, source), source
 
-    def _explain(self, place: Place, packed: bytes, cached: int) -> Found:
+    def _explain(self, place: Place, packed: bytes, cached: int, source: Partial | None) -> Found:
         """Say why a walk ended where it did, from the most to the least specific reason."""
         tokens = len(packed) // TOKEN_BYTES
         if tokens == 1:
@@ -335,12 +357,14 @@ class PrefixCache(Keeping):
             return Found(cached, MissReason.NONE, cached)
         space = place.node.space
         assert space is not None
-        if self.in_flight(packed, space.name, beyond=place.offset // self.block_bytes):
+        if self._in_flight(packed, space, place.offset // self.block_bytes):
             return Found(cached, MissReason.IN_FLIGHT, cached)
         removed = self._removed_reason(place, packed)
         if removed is not None:
             return Found(cached, removed, cached)
-        goes_on = place.depth < len(place.node.blocks) or place.node.children
+        # A cached prompt that merely ends here, in a partly filled block, does not go on differently.
+        ends = source is not None and source.tokens * TOKEN_BYTES == len(source.node.edge) < self.block_bytes
+        goes_on = place.depth < len(place.node.blocks) or len(place.node.children) > ends
         reason = MissReason.DIVERGED if cached and goes_on else MissReason.NEVER_SEEN
         return Found(cached, reason, cached)
 
@@ -501,18 +525,22 @@ class PrefixCache(Keeping):
             self._let_go(node)
         self._keep_to_limit(lease.space.account)
         self._drop_if_empty(lease.space)
+        if lease._base is not None:
+            lease._base.release()
 
     def _name_of(self, node: Node) -> str:
         assert node.space is not None
         return node.space.name
 
     def _tokens_to(self, node: Node) -> bytes:
+        assert node.space is not None
         edges: list[bytes] = []
+        base = node.space.base
         step: Node | None = node
         while step is not None:
             edges.append(step.edge)
             step = step.parent
-        return b"".join(reversed(edges))
+        return base + b"".join(reversed(edges))
 
     def check(self) -> None:
         """Verify every invariant; raises AssertionError. Walks everything: for tests."""

@@ -36,6 +36,9 @@ def pin(
         float | None, typer.Option(min=0.001, help="How many seconds it holds.", show_default="until unpin")
     ] = None,
     cached_only: Annotated[bool, typer.Option("--cached-only", help="Compute nothing that is not cached yet.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Let every tenant's prompts begin with it; for administrators.")
+    ] = False,
     namespace: Namespace = "",
     timeout: Timeout = None,
     as_json: Json = False,
@@ -47,7 +50,15 @@ def pin(
     """
     text = read_prompt(prompt, file)
     with connect(address) as client:
-        pinned = client.pin(text, name, ttl=ttl, cached_only=cached_only, namespace=namespace, timeout=timeout)
+        pinned = client.pin(
+            text,
+            name,
+            ttl=ttl,
+            cached_only=cached_only,
+            published=published,
+            namespace=namespace,
+            timeout=timeout,
+        )
     if as_json:
         write_json(**dataclasses.asdict(pinned))
     else:
@@ -59,10 +70,16 @@ def pin(
         raise typer.Exit(1)
 
 
-def unpin(name: PinName, namespace: Namespace = "", timeout: Timeout = 30, address: Address = DEFAULT_ADDRESS) -> None:
+def unpin(
+    name: PinName,
+    published: Annotated[bool, typer.Option("--published", help="It is one that is published.")] = False,
+    namespace: Namespace = "",
+    timeout: Timeout = 30,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
     """End a pin; what it held can be evicted again."""
     with connect(address) as client:
-        client.unpin(name, namespace=namespace, timeout=timeout)
+        client.unpin(name, published=published, namespace=namespace, timeout=timeout)
 
 
 def pins(timeout: Timeout = 30, as_json: Json = False, address: Address = DEFAULT_ADDRESS) -> None:
@@ -78,7 +95,8 @@ def pins(timeout: Timeout = 30, as_json: Json = False, address: Address = DEFAUL
         table = Table("name", "namespace", "tokens", "ends in")
         for entry in listed.pins:
             ends = "-" if entry.expires_in is None else f"{entry.expires_in:,.0f} s"
-            table.add_row(terminal.safe(entry.pin_id), terminal.safe(entry.namespace), f"{entry.tokens:,}", ends)
+            where = "(published)" if entry.published else terminal.safe(entry.namespace)
+            table.add_row(terminal.safe(entry.pin_id), where, f"{entry.tokens:,}", ends)
         terminal.console().print(table)
     typer.echo(f"pins hold {listed.pinned_blocks:,} of the {listed.budget_blocks:,} blocks they may")
 

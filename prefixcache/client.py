@@ -145,16 +145,21 @@ class Client:
         namespace: str = "",
         ttl: float | None = None,
         cached_only: bool = False,
+        published: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
     ) -> Pinned:
-        """Keep a prompt's blocks from eviction, for `ttl` seconds or until `unpin`; compute first what is missing."""
-        request = pin_request(prompt, pin_id, namespace, ttl, cached_only, tools)
+        """Keep a prompt's blocks from eviction, for `ttl` seconds or until `unpin`; compute first what is missing.
+
+        `published`, for administrators, lets every tenant's prompts begin with it.
+        """
+        request = pin_request(prompt, pin_id, namespace, ttl, cached_only, published, tools)
         return pinned_from(self._call(self._cache.Pin, request, timeout))
 
-    def unpin(self, pin_id: str, *, namespace: str = "", timeout: float | None = None) -> None:
-        """End a pin. Raises NotFound if there is none of that name."""
-        self._call(self._cache.Unpin, cache_pb2.UnpinRequest(pin_id=pin_id, namespace=namespace), timeout)
+    def unpin(self, pin_id: str, *, namespace: str = "", published: bool = False, timeout: float | None = None) -> None:
+        """End a pin, or what is `published`. Raises NotFound if there is none of that name."""
+        request = cache_pb2.UnpinRequest(pin_id=pin_id, namespace=namespace, published=published)
+        self._call(self._cache.Unpin, request, timeout)
 
     def pins(self, *, timeout: float | None = None) -> Pins:
         """List the caller's pins."""
@@ -344,16 +349,23 @@ class AsyncClient:
         namespace: str = "",
         ttl: float | None = None,
         cached_only: bool = False,
+        published: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
     ) -> Pinned:
-        """Keep a prompt's blocks from eviction, for `ttl` seconds or until `unpin`; compute first what is missing."""
-        request = pin_request(prompt, pin_id, namespace, ttl, cached_only, tools)
+        """Keep a prompt's blocks from eviction, for `ttl` seconds or until `unpin`; compute first what is missing.
+
+        `published`, for administrators, lets every tenant's prompts begin with it.
+        """
+        request = pin_request(prompt, pin_id, namespace, ttl, cached_only, published, tools)
         return pinned_from(await self._call(self._cache.Pin, request, timeout))
 
-    async def unpin(self, pin_id: str, *, namespace: str = "", timeout: float | None = None) -> None:
-        """End a pin. Raises NotFound if there is none of that name."""
-        await self._call(self._cache.Unpin, cache_pb2.UnpinRequest(pin_id=pin_id, namespace=namespace), timeout)
+    async def unpin(
+        self, pin_id: str, *, namespace: str = "", published: bool = False, timeout: float | None = None
+    ) -> None:
+        """End a pin, or what is `published`. Raises NotFound if there is none of that name."""
+        request = cache_pb2.UnpinRequest(pin_id=pin_id, namespace=namespace, published=published)
+        await self._call(self._cache.Unpin, request, timeout)
 
     async def pins(self, *, timeout: float | None = None) -> Pins:
         """List the caller's pins."""

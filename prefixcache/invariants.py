@@ -108,7 +108,11 @@ def check(
         while step is not None:
             path[:0] = step.blocks
             step = step.parent
-        assert lease.blocks[: lease.shared] == path or lease.node.space is None, "a lease's blocks are not its path"
+        if lease._base is not None:
+            assert lease.blocks[: lease.base] == lease._base.blocks, "a lease does not begin with what it stands on"
+        assert lease.blocks[lease.base : lease.shared] == path or lease.node.space is None, (
+            "a lease's blocks are not its path"
+        )
         own = lease.blocks[lease.shared :]
         assert not private.intersection(own) and len(set(own)) == len(own), "two leases own one block"
         private.update(own)

@@ -11,14 +11,14 @@ import math
 from prefixcache.eviction import EvictionQueue
 from prefixcache.lease import Lease
 from prefixcache.pins import Holder, Limit, Pin, PinKey, Pinned, is_under
+from prefixcache.published import Published
 from prefixcache.reasons import MissReason
-from prefixcache.store import Store
 from prefixcache.terms import Terms
 from prefixcache.tokens import TOKEN_BYTES
-from prefixcache.tree import Account, Node, Place, Session, Space
+from prefixcache.tree import Account, Node, Place, Session, Space, SpaceKey
 
 
-class Keeping(Store):
+class Keeping(Published):
     """The middle one of the three layers of a `PrefixCache`."""
 
     def tick(self, now: float) -> None:
@@ -34,7 +34,7 @@ class Keeping(Store):
                     self._expire(node)
                 case Pin() as pin:
                     self._drop_pin(pin.key)
-                    self._keep_to_limit(self._account(self._account_of(pin.key.namespace)))
+                    self._keep_to_limit(pin.account)
                 case Session() as session:
                     self._idle(session)
 
@@ -81,15 +81,47 @@ class Keeping(Store):
         """
         key = PinKey(namespace, Holder.CALLER, name)
         self._drop_pin(key)
-        space = self._spaces.get(namespace)
+        base, rest, inner = self.parts(packed + bytes(TOKEN_BYTES), namespace)  # so that something follows
+        end = (len(rest) - TOKEN_BYTES) // self.block_bytes * self.block_bytes
+        if base and not end:  # nothing but published blocks
+            base, rest, inner, end = b"", base, self.shared_namespace, len(base)
+        before = len(base) // TOKEN_BYTES
+        space = self._spaces.get(inner)
         if space is None:
-            return Pinned(0, Limit.NOT_CACHED)
-        end = len(packed) // self.block_bytes * self.block_bytes
-        place = self._tree.find(space.root, packed, end)
-        tokens = self._pin(key, place, math.inf if ttl is None else self.now + ttl, most)
+            return Pinned(before, Limit.NOT_CACHED)
+        place = self._tree.find(space.root, rest, end)
+        account = self._account(self._account_of(namespace))
+        tokens = self._pin(key, place, math.inf if ttl is None else self.now + ttl, most, account)
         if tokens * TOKEN_BYTES < place.offset:
-            return Pinned(tokens, Limit.BUDGET)
-        return Pinned(tokens, Limit.NOTHING if place.offset == end else Limit.NOT_CACHED)
+            return Pinned(before + tokens, Limit.BUDGET)
+        return Pinned(before + tokens, Limit.NOTHING if place.offset == end else Limit.NOT_CACHED)
+
+    def publish(self, packed: bytes, name: str) -> Pinned:
+        """Let every namespace begin with the whole blocks of `packed`, cached in `shared_namespace`, until `unpublish`.
+
+        They are pinned; only if all of them can be, is anything published. A prompt
+        published under the same name before is replaced.
+        """
+        self.unpublish(name)
+        pinned = self.pin(packed, self.shared_namespace, name)
+        if pinned.limit is not Limit.NOTHING or not pinned.tokens:
+            self.unpin(self.shared_namespace, name)
+            return Pinned(0, pinned.limit)
+        self._published[name] = packed[: pinned.tokens * TOKEN_BYTES]
+        return pinned
+
+    def unpublish(self, name: str) -> bool:
+        """Let no more prompts begin with a published one, and forget what was stored behind it.
+
+        Returns whether there was one.
+        """
+        base = self._published.pop(name, None)
+        if base is None:
+            return False
+        self.unpin(self.shared_namespace, name)
+        if base not in self._published.values():
+            self._forget_spaces([space for space in self._spaces.values() if space.base == base])
+        return True
 
     def unpin(self, namespace: str, name: str) -> bool:
         """End a pin; returns whether there was one."""
@@ -102,15 +134,17 @@ class Keeping(Store):
         return [
             pin
             for pin in self._pins
-            if pin.key.holder is Holder.CALLER and (account is None or self._account_of(pin.key.namespace) == account)
+            if pin.key.holder is Holder.CALLER and (account is None or pin.account.name == account)
         ]
 
     def pinned_blocks(self, account: str | None = None) -> int:
         """Blocks under pins, of callers and sessions; shared ones count once."""
         return self._tree.total.pinned if account is None else self._accounts.get(account, Account()).pinned
 
-    def _pin(self, key: PinKey, place: Place, expires: float, most: int | None) -> int:
-        """Pin what the budget allows of the path to `place`; returns how many tokens."""
+    def _pin(
+        self, key: PinKey, place: Place, expires: float, most: int | None = None, account: Account | None = None
+    ) -> int:
+        """Pin what the budget allows of the path to `place`, for its or another account; returns how many tokens."""
         space = place.node.space
         assert space is not None
         limit = self._pins.budget if most is None else most
@@ -126,7 +160,7 @@ class Keeping(Store):
         if depth - excess < len(node.blocks):
             node = self._split(node, depth - excess)
         tokens = blocks * self.block_size
-        pin = Pin(key, node, tokens, expires)
+        pin = Pin(key, node, tokens, expires, space.account if account is None else account)
         self._pins.add(pin)
         if expires < math.inf:
             self._agenda.push(expires, pin)
@@ -161,18 +195,22 @@ class Keeping(Store):
         if lease.session is None or lease.detached or lease.node.parent is None:
             return 0
         node = lease.node
-        place = Place(node, len(node.blocks), lease.shared * self.block_bytes, [])
-        key = PinKey(lease.space.name, Holder.SESSION, lease.session.name)
+        place = Place(node, len(node.blocks), (lease.shared - lease.base) * self.block_bytes, [])
+        key = PinKey(lease.space.key, Holder.SESSION, lease.session.name)
         self._drop_pin(key)
-        return self._pin(key, place, self.now + seconds, None)
+        return self._pin(key, place, self.now + seconds) + lease.base * self.block_size
 
     def end_session(self, namespace: str, name: str) -> int:
         """Evict before all else what only this session has used; returns how many blocks that is."""
-        space = self._spaces.get(namespace)
+        return sum(self._end_session(inner, name) for inner in self._family(namespace))
+
+    def _end_session(self, inner: SpaceKey, name: str) -> int:
+        """End a session of one space."""
+        space = self._spaces.get(inner)
         session = None if space is None else space.sessions.get(name)
         if session is None:
             return 0
-        self._drop_pin(PinKey(namespace, Holder.SESSION, name))
+        self._drop_pin(PinKey(inner, Holder.SESSION, name))
         session.ended = True
         for node in session.nodes:
             for queue in self._queues(session.space.account):
@@ -193,7 +231,7 @@ class Keeping(Store):
 
     def _claim(self, lease: Lease) -> None:
         """A lease of a session takes over what was kept for its next request."""
-        if lease.session is not None and self._drop_pin(PinKey(lease.space.name, Holder.SESSION, lease.session.name)):
+        if lease.session is not None and self._drop_pin(PinKey(lease.space.key, Holder.SESSION, lease.session.name)):
             self._keep_to_limit(lease.space.account)
 
     def _leave(self, lease: Lease) -> None:
@@ -204,7 +242,7 @@ class Keeping(Store):
             self._drop_if_over(session)
 
     def _refresh(self, session: Session) -> None:
-        if self._session_idle < math.inf and self._spaces.get(session.space.name) is session.space:
+        if self._session_idle < math.inf and self._spaces.get(session.space.key) is session.space:
             self._agenda.push(self.now + self._session_idle, session)
 
     def _idle(self, session: Session) -> None:
@@ -212,7 +250,7 @@ class Keeping(Store):
         if session.leases:
             self._refresh(session)
         elif not session.ended:
-            self.end_session(session.space.name, session.name)
+            self._end_session(session.space.key, session.name)
 
     def _share(self, node: Node, session: Session | None) -> None:
         """A node and its ancestors are used by a session, or by a request without one."""
@@ -268,8 +306,8 @@ class Keeping(Store):
         Blocks in use are not matched again from now on and are freed when their last
         lease ends.
         """
-        names = list(self._spaces) if namespace is None else [namespace]
-        return self._forget_spaces([self._spaces[name] for name in names if name in self._spaces])
+        names = list(self._spaces) if namespace is None else self._family(namespace)
+        return self._forget_spaces([self._spaces[name] for name in names])
 
     def invalidate_account(self, account: str) -> tuple[int, int]:
         """Forget everything of an account, as `invalidate` does."""
@@ -278,11 +316,23 @@ class Keeping(Store):
     def invalidate_prefix(self, packed: bytes, namespace: str = "") -> tuple[int, int]:
         """Forget everything that begins with `packed`, and what of its own blocks led only there.
 
-        Returns (blocks freed, blocks still in use), as `invalidate` does.
+        What is published stays. Returns (blocks freed, blocks still in use), as
+        `invalidate` does.
         """
-        space = self._spaces.get(namespace)
-        if space is None:
-            return 0, 0
+        freed = in_use = 0
+        for name in self._family(namespace):
+            space = self._spaces[name]
+            if space.base.startswith(packed):
+                unused, used = self._forget_spaces([space])
+            elif packed.startswith(space.base):
+                unused, used = self._invalidate_prefix(packed[len(space.base) :], space)
+            else:
+                continue
+            freed += unused
+            in_use += used
+        return freed, in_use
+
+    def _invalidate_prefix(self, packed: bytes, space: Space) -> tuple[int, int]:
         for lease in self._leases:
             if lease.space is space and lease._prompt.startswith(packed):
                 lease._barred = True
@@ -311,12 +361,12 @@ class Keeping(Store):
 
     def invalidate_session(self, namespace: str, name: str) -> tuple[int, int]:
         """Forget what only this session has used, as `invalidate` does."""
-        space = self._spaces.get(namespace)
-        session = None if space is None else space.sessions.get(name)
-        if session is None:
-            return 0, 0
-        self._drop_pin(PinKey(namespace, Holder.SESSION, name))
-        tops = [node for node in session.nodes if node.parent is None or node.parent.owner is not session]
+        tops: list[Node] = []
+        for inner in self._family(namespace):
+            session = self._spaces[inner].sessions.get(name)
+            if session is not None:
+                self._drop_pin(PinKey(inner, Holder.SESSION, name))
+                tops += [node for node in session.nodes if node.parent is None or node.parent.owner is not session]
         return self._invalidate(tops)
 
     def _leads_only_on(self, node: Node, children: int) -> bool:
@@ -346,7 +396,7 @@ class Keeping(Store):
     def _forget_spaces(self, spaces: list[Space]) -> tuple[int, int]:
         freed = in_use = 0
         for space in spaces:
-            del self._spaces[space.name]
+            del self._spaces[space.key]
             for session in space.sessions.values():
                 self._agenda.discard(session)
             unused, used = self._invalidate([space.root])

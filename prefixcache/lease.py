@@ -66,12 +66,14 @@ class Lease:
     rest are the lease's own. `cached_tokens` of the prompt need not be computed;
     those that go beyond the shared blocks come from `source`, whose block must be
     copied into the first own block before it is used. `reason` and `position` say
-    why no more is cached. `stored` counts the tokens it has added to the tree.
+    why no more is cached. `stored` counts the tokens it has added to the tree. The first
+    `base` blocks are those of a published prompt.
     """
 
     __slots__ = (
-        "_barred", "_cache", "_held", "_prompt", "_source_node", "_target", "blocks", "cached_tokens", "expires",
-        "node", "position", "reason", "session", "shared", "source", "space", "stored", "terms",
+        "_barred", "_base", "_cache", "_held", "_prompt", "_source_node", "_target", "base", "blocks",
+        "cached_tokens", "expires", "node", "position", "reason", "session", "shared", "source", "space", "stored",
+        "terms",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +84,8 @@ class Lease:
         self._prompt = b""
         self._target = b""
         self._barred = False
+        self._base: Lease | None = None
+        self.base = 0
         self._held: list[Node] = []  # where the path now ends in the tree, for each time that its end was cut off
         self.space = space
         self.node = node
@@ -107,11 +111,22 @@ class Lease:
     def in_tree(self) -> int:
         """How many of its blocks, from the first, the tree has."""
         step: Node | None = next((node for node in (self.node, *self._held) if node.space is not None), None)
-        count = 0
+        count = self.base
         while step is not None:
             count += len(step.blocks)
             step = step.parent
         return count
+
+    def stand_on(self, base: Lease) -> None:
+        """Put the blocks of a published prompt, which `base` holds, in front of what matched behind it."""
+        self._base = base
+        self.base = len(base.blocks)
+        self.blocks[:0] = base.blocks
+        self.shared += self.base
+        self.cached_tokens += base.cached_tokens
+        self.position += base.cached_tokens
+        if self.reason is MissReason.TOO_SHORT:
+            self.reason = MissReason.NONE
 
     def copied(self) -> None:
         """The source block has been copied and need not be held any longer. Idempotent."""

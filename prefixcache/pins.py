@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from prefixcache.tree import Account, Node, RadixTree
+from prefixcache.tree import Account, Node, RadixTree, SpaceKey
 
 
 class Holder(StrEnum):
@@ -18,7 +18,7 @@ class Holder(StrEnum):
 
 
 class PinKey(NamedTuple):
-    namespace: str
+    namespace: SpaceKey
     holder: Holder
     name: str
 
@@ -46,6 +46,7 @@ class Pin:
     node: Node
     tokens: int
     expires: float
+    account: Account
 
 
 class Pins:

@@ -121,10 +121,15 @@ def pin_request(
     namespace: str,
     ttl: float | None,
     cached_only: bool,
+    published: bool,
     tools: Sequence[Mapping[str, Any]] | None,
 ) -> cache_pb2.PinRequest:
     request = cache_pb2.PinRequest(
-        prompt=prompt_message(prompt, tools), namespace=namespace, pin_id=pin_id, cached_only=cached_only
+        prompt=prompt_message(prompt, tools),
+        namespace=namespace,
+        pin_id=pin_id,
+        cached_only=cached_only,
+        published=published,
     )
     if ttl is not None:
         set_seconds(request.ttl, ttl)

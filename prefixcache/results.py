@@ -159,12 +159,13 @@ class Pinned:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A pin; `expires_in` is in seconds, None until it is ended."""
+    """A pin; `expires_in` is in seconds, None until it is ended. A `published` one serves every tenant."""
 
     pin_id: str
     namespace: str
     tokens: int
     expires_in: float | None
+    published: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +367,7 @@ def pins_from(message: cache_pb2.ListPinsResponse) -> Pins:
             pin.namespace,
             pin.tokens,
             pin.expires_in.ToNanoseconds() / 1e9 if pin.HasField("expires_in") else None,
+            pin.published,
         )
         for pin in message.pins
     )

@@ -16,8 +16,8 @@ from prefixcache.lease import CacheEvent, Lease, Removed, Stored
 from prefixcache.pins import Pin, Pins, is_under
 from prefixcache.pool import BlockPool
 from prefixcache.reasons import MissReason
-from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, root_hash
-from prefixcache.tree import Account, Node, RadixTree, Session, Space
+from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, root_hash
+from prefixcache.tree import Account, Node, RadixTree, Session, Space, SpaceKey
 
 DEFAULT_MEMORY_OF_REMOVED = 32_768
 """How many removed runs of blocks are remembered to explain misses (about 100 bytes each)."""
@@ -39,6 +39,7 @@ class Store:
         account_of: Callable[[str], str] = str,
         pin_share: float = 0.0,
         session_idle: float = math.inf,
+        shared_namespace: str = "published",
     ) -> None:
         self.now = 0.0
         self.block_size = block_size
@@ -56,7 +57,9 @@ class Store:
         self._pins = Pins(self._tree, int(total_blocks * pin_share))
         self._session_idle = session_idle
         self._agenda: Heap[Node | Pin | Session] = Heap()  # by the time to look at them
-        self._spaces: dict[str, Space] = {}
+        self._spaces: dict[SpaceKey, Space] = {}
+        self.shared_namespace = shared_namespace
+        self._published: dict[str, bytes] = {}  # packed tokens by name
         self._leases: set[Lease] = set()
         self._removed: dict[bytes, MissReason] = {}
         self._memory_of_removed = memory_of_removed
@@ -78,11 +81,11 @@ class Store:
 
     # Namespaces and accounts
 
-    def _space(self, namespace: str) -> Space:
-        space = self._spaces.get(namespace)
+    def _space(self, key: SpaceKey) -> Space:
+        space = self._spaces.get(key)
         if space is None:
-            space = self._spaces[namespace] = self._new_space(namespace)
-            space.account = self._account(self._account_of(namespace))
+            space = self._spaces[key] = self._new_space(key)
+            space.account = self._account(self._account_of(space.name))
         return space
 
     def _account(self, name: str) -> Account:
@@ -91,16 +94,23 @@ class Store:
             account = self._accounts[name] = Account(name)
         return account
 
-    def _new_space(self, namespace: str) -> Space:
-        start = root_hash(self._fingerprint, self._secret, namespace.encode(), str(self.block_size).encode())
-        return Space(namespace, start)
+    def _new_space(self, key: SpaceKey) -> Space:
+        if isinstance(key, str):
+            return Space(key, self._root_hash(key))
+        # Behind a published prompt the hashes depend on that, and on nothing else of this process.
+        name, base = key
+        end = chain_hashes(self._root_hash(self.shared_namespace), base, self.block_bytes)[-HASH_BYTES:]
+        return Space(name, root_hash(self._root_hash(name), end), base)
+
+    def _root_hash(self, namespace: str) -> bytes:
+        return root_hash(self._fingerprint, self._secret, namespace.encode(), str(self.block_size).encode())
 
     def _drop_if_empty(self, space: Space) -> None:
         root = space.root
-        if not root.children and not root.refs and self._spaces.get(space.name) is space:
+        if not root.children and not root.refs and self._spaces.get(space.key) is space:
             for session in space.sessions.values():
                 self._agenda.discard(session)
-            del self._spaces[space.name]
+            del self._spaces[space.key]
 
     def _drop_if_over(self, session: Session) -> None:
         """Forget a session that has ended and has nothing of its own left."""

@@ -36,6 +36,9 @@ from typing import Any, NamedTuple
 from prefixcache.terms import DEFAULT_PRIORITY
 from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, common_tokens
 
+SpaceKey = str | tuple[str, bytes]
+"""What a space is found by: a namespace, or a namespace and the published prompt it is behind."""
+
 MAX_EDGE_BLOCKS = 1024
 """Bounds what splitting, trimming or growing an edge copies (64 KiB at 16 tokens a block)."""
 
@@ -139,10 +142,15 @@ class Account:
 
 @dataclass(eq=False, slots=True)
 class Space:
-    """The tree of one namespace, and the leases that are computing something new in it."""
+    """The tree of one namespace, and the leases that are computing something new in it.
+
+    Of a namespace, or of the part of it behind a published prompt, whose packed tokens
+    are `base`.
+    """
 
     name: str
     root_hash: bytes
+    base: bytes = b""
     account: Account = field(default_factory=Account)
     root: Node = field(init=False)
     computing: set[Any] = field(default_factory=set)  # the cache's leases
@@ -150,6 +158,10 @@ class Space:
 
     def __post_init__(self) -> None:
         self.root = Node(self, None, b"", [])
+
+    @property
+    def key(self) -> SpaceKey:
+        return (self.name, self.base) if self.base else self.name
 
 
 class Place(NamedTuple):

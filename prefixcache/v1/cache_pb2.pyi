@@ -256,6 +256,7 @@ class PinRequest(_message.Message):
     PIN_ID_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     CACHED_ONLY_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """A namespace below the caller's own, as in CacheControl."""
     pin_id: _builtins.str
@@ -265,6 +266,11 @@ class PinRequest(_message.Message):
     """
     cached_only: _builtins.bool
     """Pin only what is cached already; compute nothing."""
+    published: _builtins.bool
+    """Publish the prompt: every tenant's prompts may begin with its whole blocks, and
+    what they go on with stays their own. For administrators; `namespace` and `ttl`
+    have no meaning then. PERMISSION_DENIED to others.
+    """
     @_builtins.property
     def prompt(self) -> _prompt_pb2.Prompt:
         """The prompt; required."""
@@ -281,10 +287,11 @@ class PinRequest(_message.Message):
         pin_id: _builtins.str = ...,
         ttl: _duration_pb2.Duration | None = ...,
         cached_only: _builtins.bool = ...,
+        published: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "namespace", b"namespace", "pin_id", b"pin_id", "prompt", b"prompt", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_only", b"cached_only", "namespace", b"namespace", "pin_id", b"pin_id", "prompt", b"prompt", "published", b"published", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,19 +358,23 @@ class UnpinRequest(_message.Message):
 
     PIN_ID_FIELD_NUMBER: _builtins.int
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
     pin_id: _builtins.str
     """Its name; required."""
     namespace: _builtins.str
     """Its namespace."""
+    published: _builtins.bool
+    """End a publication instead; see PinRequest."""
     def __init__(
         self,
         *,
         pin_id: _builtins.str = ...,
         namespace: _builtins.str = ...,
+        published: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "pin_id", b"pin_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "pin_id", b"pin_id", "published", b"published"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,12 +463,15 @@ class Pin(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     EXPIRES_IN_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
     pin_id: _builtins.str
     """Its name."""
     namespace: _builtins.str
     """Its namespace."""
     tokens: _builtins.int
     """Tokens it holds."""
+    published: _builtins.bool
+    """Whether it is a publication."""
     @_builtins.property
     def expires_in(self) -> _duration_pb2.Duration:
         """How long it still holds; absent if until Unpin."""
@@ -469,10 +483,11 @@ class Pin(_message.Message):
         namespace: _builtins.str = ...,
         tokens: _builtins.int = ...,
         expires_in: _duration_pb2.Duration | None = ...,
+        published: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_in", b"expires_in"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_in", b"expires_in", "namespace", b"namespace", "pin_id", b"pin_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_in", b"expires_in", "namespace", b"namespace", "pin_id", b"pin_id", "published", b"published", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

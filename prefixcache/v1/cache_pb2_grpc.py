@@ -128,7 +128,7 @@ class CacheServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListPins(self, request, context):
-        """Lists the caller's pins.
+        """Lists the caller's pins; to administrators, what is published as well.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

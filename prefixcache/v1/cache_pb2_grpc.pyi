@@ -53,7 +53,7 @@ class CacheServiceStub:
     Unpin: _grpc.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinResponse]
     """Ends a pin. NOT_FOUND: there is no pin of that id."""
     ListPins: _grpc.UnaryUnaryMultiCallable[_cache_pb2.ListPinsRequest, _cache_pb2.ListPinsResponse]
-    """Lists the caller's pins."""
+    """Lists the caller's pins; to administrators, what is published as well."""
     EndSession: _grpc.UnaryUnaryMultiCallable[_cache_pb2.EndSessionRequest, _cache_pb2.EndSessionResponse]
     """Ends a session: blocks that only it has used are evicted before all others."""
     Invalidate: _grpc.UnaryUnaryMultiCallable[_cache_pb2.InvalidateRequest, _cache_pb2.InvalidateResponse]
@@ -98,7 +98,7 @@ class CacheServiceAsyncStub(CacheServiceStub):
     Unpin: _aio.UnaryUnaryMultiCallable[_cache_pb2.UnpinRequest, _cache_pb2.UnpinResponse]  # type: ignore[assignment]
     """Ends a pin. NOT_FOUND: there is no pin of that id."""
     ListPins: _aio.UnaryUnaryMultiCallable[_cache_pb2.ListPinsRequest, _cache_pb2.ListPinsResponse]  # type: ignore[assignment]
-    """Lists the caller's pins."""
+    """Lists the caller's pins; to administrators, what is published as well."""
     EndSession: _aio.UnaryUnaryMultiCallable[_cache_pb2.EndSessionRequest, _cache_pb2.EndSessionResponse]  # type: ignore[assignment]
     """Ends a session: blocks that only it has used are evicted before all others."""
     Invalidate: _aio.UnaryUnaryMultiCallable[_cache_pb2.InvalidateRequest, _cache_pb2.InvalidateResponse]  # type: ignore[assignment]
@@ -170,7 +170,7 @@ class CacheServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cache_pb2.ListPinsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cache_pb2.ListPinsResponse, _abc.Awaitable[_cache_pb2.ListPinsResponse]]:
-        """Lists the caller's pins."""
+        """Lists the caller's pins; to administrators, what is published as well."""
 
     @_abc_1.abstractmethod
     def EndSession(

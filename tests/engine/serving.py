@@ -15,7 +15,7 @@ from engine.loop import EngineLoop, StepRunner
 from engine.request import Sampled
 from engine.scheduler import EngineStats, Scheduler, Step
 from engine.server import Load, Server
-from engine.tenants import tenant_of
+from engine.tenants import PUBLISHED, tenant_of
 from engine.tokenizer import Tokenizer
 from engine.wire import ServedModel
 from prefixcache.cache import PrefixCache
@@ -156,7 +156,13 @@ class PaperEngine:
     def __call__(self, config: EngineConfig, on_death: OnDeath) -> Engine:
         eos = 257
         scheduler = Scheduler(
-            PrefixCache(self._blocks, BLOCK, account_of=tenant_of, pin_share=config.max_pinned_percent / 100),
+            PrefixCache(
+                self._blocks,
+                BLOCK,
+                account_of=tenant_of,
+                pin_share=config.max_pinned_percent / 100,
+                shared_namespace=PUBLISHED,
+            ),
             max_length=PAPER_LENGTH,
             max_batch_tokens=256,
             max_running=self._max_running,

@@ -1,0 +1,45 @@
+"""Prompts that every account may begin with, while what follows stays its own.
+
+A published prompt is pinned in a namespace that is nobody's. A prompt that begins with
+one is in two parts: the beginning is matched there, the rest in a space of the caller's
+own that belongs to this beginning. So the blocks of the beginning are shared by all,
+and nothing behind it is seen by anybody else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from prefixcache.store import Store
+from prefixcache.tree import SpaceKey
+
+
+class Parts(NamedTuple):
+    """A prompt's published beginning, and the rest with the key of the space that it belongs to."""
+
+    base: bytes
+    rest: bytes
+    space: SpaceKey
+
+
+class Published(Store):
+    """Adds published beginnings to a `Store`. None of its work is done while nothing is published."""
+
+    def parts(self, packed: bytes, namespace: str) -> Parts:
+        """Divide a packed prompt behind the longest published prompt it begins with and goes on from."""
+        base = b""
+        if self._published and namespace != self.shared_namespace:
+            for published in self._published.values():
+                longer = len(base) < len(published) < len(packed)
+                if longer and packed.startswith(published) and self._holds(published):
+                    base = published
+        return Parts(base, packed[len(base) :], (namespace, base) if base else namespace)
+
+    def _holds(self, published: bytes) -> bool:
+        """Whether a published prompt is still there, and not invalidated."""
+        space = self._spaces.get(self.shared_namespace)
+        return space is not None and self._tree.find(space.root, published, len(published)).offset == len(published)
+
+    def _family(self, namespace: str) -> list[SpaceKey]:
+        """Return the keys of a namespace's spaces: its own, and those behind published prompts."""
+        return [key for key, space in self._spaces.items() if space.name == namespace]
