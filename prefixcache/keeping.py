@@ -384,6 +384,8 @@ class Keeping(Published):
             for pin in self._pins.under(top):
                 self._agenda.discard(pin)
                 unpinned += self._pins.drop(pin.key)
+                if pin.key.namespace == self.shared_namespace:
+                    self._published.pop(pin.key.name, None)
             unused, used = self._cut(top, MissReason.INVALIDATED)
             self._unpinned(unpinned)
             for account in (space.account, self._tree.total):

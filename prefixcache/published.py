@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prefixcache.store import Store
+from prefixcache.tokens import TOKEN_BYTES
 from prefixcache.tree import SpaceKey
 
 
@@ -26,19 +27,31 @@ class Published(Store):
     """Adds published beginnings to a `Store`. None of its work is done while nothing is published."""
 
     def parts(self, packed: bytes, namespace: str) -> Parts:
-        """Divide a packed prompt behind the longest published prompt it begins with and goes on from."""
+        """Divide a packed prompt behind the longest published prompt it begins with and goes on from.
+
+        Not if more of it is cached in the namespace itself, from before the publication.
+        """
         base = b""
         if self._published and namespace != self.shared_namespace:
             for published in self._published.values():
                 longer = len(base) < len(published) < len(packed)
                 if longer and packed.startswith(published) and self._holds(published):
                     base = published
-        return Parts(base, packed[len(base) :], (namespace, base) if base else namespace)
+        if not base:
+            return Parts(b"", packed, namespace)
+        parts = Parts(base, packed[len(base) :], (namespace, base))
+        whole = self._matched(packed, namespace)
+        divided = whole > len(base) and len(base) + self._matched(parts.rest, parts.space)
+        return Parts(b"", packed, namespace) if whole > max(divided, len(base)) else parts
+
+    def _matched(self, packed: bytes, key: SpaceKey) -> int:
+        """Return how many bytes of a prompt, in whole blocks, a space has."""
+        space = self._spaces.get(key)
+        return 0 if space is None else self._tree.find(space.root, packed, len(packed) - TOKEN_BYTES).offset
 
     def _holds(self, published: bytes) -> bool:
         """Whether a published prompt is still there, and not invalidated."""
-        space = self._spaces.get(self.shared_namespace)
-        return space is not None and self._tree.find(space.root, published, len(published)).offset == len(published)
+        return self._matched(published + bytes(TOKEN_BYTES), self.shared_namespace) == len(published)
 
     def _family(self, namespace: str) -> list[SpaceKey]:
         """Return the keys of a namespace's spaces: its own, and those behind published prompts."""

@@ -83,6 +83,7 @@ class CacheMachine(RuleBasedStateMachine):
     policy = "lru"
     max_edge_blocks = MAX_EDGE_BLOCKS
     controlled = False
+    publishes = False
 
     @initialize(total=st.integers(3, 40), block_size=st.sampled_from([1, 2, 3, 4]), remembered=st.integers(0, 4))
     def build(self, total: int, block_size: int, remembered: int) -> None:
@@ -104,6 +105,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.stored: dict[Slot, float] = {}  # every sequence a match may use, and until when
         self.pins: dict[tuple[str, str], tuple[tuple[int, ...], float]] = {}
         self.limits: dict[str, int] = {}
+        self.published: dict[str, tuple[int, ...]] = {}
+        self.perhaps: set[tuple[str, str]] = set()  # pins that may have ended with a publication
         self.now = 0.0
         self.complete = True  # nothing of `stored` has been evicted
         self.matchable: set[bytes] = set()
@@ -126,6 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
         """The longest prefix, without the last token, that was stored and not invalidated since."""
         longest = 0
         pinned = [(owner, prefix) for (owner, _), (prefix, _) in self.pins.items()]
+        pinned += [(namespace, prefix) for prefix in self.published.values()]
         for owner, sequence in [*self.stored, *pinned]:
             if owner == namespace:
                 shared = 0
@@ -169,7 +173,8 @@ class CacheMachine(RuleBasedStateMachine):
     def expect(self, request: Running, position: int) -> None:
         """The slot of a position holds the request's own prefix."""
         block = request.lease.blocks[position // self.size]
-        expected = (request.namespace, request.tokens[: position + 1])
+        owner = self.cache.shared_namespace if position < request.lease.base * self.size else request.namespace
+        expected = (owner, request.tokens[: position + 1])
         assert self.memory[block][position % self.size] == expected
 
     # The ways of a request
@@ -352,7 +357,9 @@ class CacheMachine(RuleBasedStateMachine):
             request.invalidated |= namespace in (None, request.namespace)
         self.stored = {key: expires for key, expires in self.stored.items() if namespace not in (None, key[0])}
         self.pins = {key: pin for key, pin in self.pins.items() if namespace not in (None, key[0])}
-        if not self.stored:
+        if namespace is None:
+            self.published = {}
+        if not self.stored and not self.published:
             self.complete = True
 
     def forget(self, call: Callable[[], tuple[int, int]]) -> None:
@@ -405,6 +412,7 @@ class CacheMachine(RuleBasedStateMachine):
     def pin(self, namespace: str, tokens: tuple[int, ...], name: str, ttl: float | None, most: int) -> None:
         before = self.cache.stats().expired
         self.pins.pop((namespace, name), None)
+        self.perhaps.discard((namespace, name))
         whole = len(tokens) // self.size * self.size
         allowed = min(self.cached_at_most(namespace, (*tokens, 9)), whole)
         held, limit = self.cache.pin(pack(tokens), namespace, name, ttl=ttl, most=most)
@@ -420,7 +428,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(namespace=namespaces, name=names)
     def unpin(self, namespace: str, name: str) -> None:
         before = self.cache.stats()
-        assert self.cache.unpin(namespace, name) == ((namespace, name) in self.pins)
+        ended = self.cache.unpin(namespace, name)
+        assert ended == ((namespace, name) in self.pins) or (namespace, name) in self.perhaps
+        self.perhaps.discard((namespace, name))
         self.pins.pop((namespace, name), None)
         self.removed_anything |= self.cache.stats().expired > before.expired
         self.complete &= (self.cache.stats().expired, self.cache.stats().evicted) == (before.expired, before.evicted)
@@ -474,7 +484,8 @@ class CacheMachine(RuleBasedStateMachine):
             for key, pin in self.pins.items()
             if key[0] != namespace or self.cache.lookup(pack((*pin[0], 9)), namespace).cached_tokens >= len(pin[0])
         }
-        assert self.cache.lookup(pack((*tokens, 9)), namespace).cached_tokens < len(tokens)
+        left = self.cache.lookup(pack((*tokens, 9)), namespace).cached_tokens
+        assert left < len(tokens) or any(prefix[:left] == tokens for prefix in self.published.values())
         self.notice_removal()
 
     @precondition(lambda self: self.controlled)
@@ -486,6 +497,32 @@ class CacheMachine(RuleBasedStateMachine):
             for key, pin in self.pins.items()
             if key[0] != namespace or self.cache.lookup(pack((*pin[0], 9)), namespace).cached_tokens >= len(pin[0])
         }
+        self.notice_removal()
+
+    @precondition(lambda self: self.publishes)
+    @rule(tokens=prompts, name=names)
+    def publish(self, tokens: tuple[int, ...], name: str) -> None:
+        """Let everybody begin with a prompt."""
+        self.unpublish(name)
+        self.whole_request(self.cache.shared_namespace, tokens, 0, False, Terms())
+        held, limit = self.cache.publish(pack(tokens), name)
+        if held:
+            assert limit is Limit.NOTHING and held == len(tokens) // self.size * self.size
+            self.published[name] = tokens[:held]
+        self.complete = False
+
+    @precondition(lambda self: self.published)
+    @rule(name=names)
+    def unpublish(self, name: str) -> None:
+        """Nobody may begin with it any more; what was stored behind it goes."""
+        assert self.cache.unpublish(name) == (name in self.published)
+        self.published.pop(name, None)
+        self.removed_anything = True
+        self.complete = False
+        for key, (prefix, _) in list(self.pins.items()):
+            if self.cache.lookup(pack((*prefix, 9)), key[0]).cached_tokens < len(prefix):
+                del self.pins[key]
+                self.perhaps.add(key)
         self.notice_removal()
 
     # After every step
@@ -553,13 +590,27 @@ class ControlledLfuMachine(ControlledMachine):
     max_edge_blocks = 2
 
 
+class PublishingMachine(ControlledMachine):
+    """Namespaces share published beginnings, and nothing behind them."""
+
+    publishes = True
+
+
 class ShortEdgesMachine(CacheMachine):
     """Edges of two blocks at most, so that commits and growth cross edges all the time."""
 
     max_edge_blocks = 2
 
 
-for machine in (CacheMachine, LfuMachine, SlruMachine, ShortEdgesMachine, ControlledMachine, ControlledLfuMachine):
+for machine in (
+    CacheMachine,
+    LfuMachine,
+    SlruMachine,
+    ShortEdgesMachine,
+    ControlledMachine,
+    ControlledLfuMachine,
+    PublishingMachine,
+):
     machine.TestCase.settings = PROFILE
 TestLru = CacheMachine.TestCase
 TestLfu = LfuMachine.TestCase
@@ -567,3 +618,4 @@ TestSlru = SlruMachine.TestCase
 TestShortEdges = ShortEdgesMachine.TestCase
 TestControlled = ControlledMachine.TestCase
 TestControlledLfu = ControlledLfuMachine.TestCase
+TestPublishing = PublishingMachine.TestCase
