@@ -134,6 +134,8 @@ class WarmStart:
                 f"{len(self._carried) - self._tried:,} of {len(self._carried):,} remembered prefixes are not warm "
                 f"after {self._patience:g} seconds: they are warmed while the server serves (--remember-wait-seconds)"
             )
+        if not self._tried:
+            return
         log.info(
             f"warmed {self._tried:,} remembered prefixes",
             tokens=sum(len(prefix.tokens) for prefix in self._carried[: self._tried]) // TOKEN_BYTES,
