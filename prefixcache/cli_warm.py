@@ -96,7 +96,7 @@ class Prompts:
 
         for entry in read_prompts(self._lines):
             if isinstance(entry, BadLine):
-                self._refuse(entry.line, "", entry.reason)
+                self._refuse(entry.line, entry.id, entry.reason)
             elif entry.tenant:
                 self._refuse(entry.line, entry.id, '"tenant" is for a server\'s own file (serve --warm): leave it out')
             else:

@@ -47,10 +47,11 @@ class FilePrompt:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that is no prompt, and why."""
+    """A line that is no prompt, and why; `id` if it gives one all the same."""
 
     line: int
     reason: str
+    id: str = ""
 
 
 def read_prompts(lines: Iterable[bytes], *, ignore_others: bool = False) -> Iterator[FilePrompt | BadLine]:
@@ -59,8 +60,10 @@ def read_prompts(lines: Iterable[bytes], *, ignore_others: bool = False) -> Iter
         text = data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data
         if not text.strip():
             continue
+        value: object = None
         try:
-            yield _read(number, json.loads(text.decode(), parse_constant=_refuse_constant), ignore_others)
+            value = json.loads(text.decode(), parse_constant=_refuse_constant)
+            yield _read(number, value, ignore_others)
         except RecursionError:
             yield BadLine(number, "it is nested too deeply")
         except UnicodeDecodeError as error:
@@ -68,7 +71,8 @@ def read_prompts(lines: Iterable[bytes], *, ignore_others: bool = False) -> Iter
         except json.JSONDecodeError as error:
             yield BadLine(number, f"it is not JSON: {error.msg} at character {error.colno}")
         except ValueError as error:
-            yield BadLine(number, str(error))
+            name = value.get("id") if isinstance(value, dict) else None
+            yield BadLine(number, str(error), name if isinstance(name, str) else "")
 
 
 def _read(line: int, value: object, ignore_others: bool) -> FilePrompt:

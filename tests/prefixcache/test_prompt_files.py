@@ -86,6 +86,12 @@ def test_a_line_that_is_no_prompt_says_why_and_costs_only_itself(line: str | byt
     assert reason in bad.reason
 
 
+def test_a_bad_line_keeps_its_name() -> None:
+    """Whoever gave it can tell which it was."""
+    (bad,) = read('{"prompt": "", "id": "greeting"}')
+    assert isinstance(bad, BadLine) and bad.id == "greeting"
+
+
 def test_other_keys_can_be_ignored() -> None:
     """Logs of requests hold more than prompts."""
     line = '{"messages": [{"role": "user", "content": "a"}], "model": "m", "temperature": 0.5}'
