@@ -134,7 +134,7 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         caller = self._front.caller(context)
         async with self._front.shapes.watch(caller, message.one_in or 1) as watcher:
             async for shape in watcher:
-                self._front.gate.quota(caller)  # one who has been taken out since sees nothing more
+                self._front.admit(context)  # a token that was taken out since the call began shows nothing more
                 await context.write(cache_wire.write_shape(shape))
 
     async def Warm(self, messages: AsyncIterator[cache_pb2.WarmRequest], context: Context) -> None:  # type: ignore[override]  # the stub knows generators only

@@ -68,6 +68,11 @@ class Shapes:
         self._key = secrets.token_bytes(16)
         self._hashes: dict[tuple[str, str], int] = {}
 
+    @property
+    def watchers(self) -> int:
+        """How many watch."""
+        return len(self._watchers)
+
     @asynccontextmanager
     async def watch(self, caller: Caller, one_in: int = 1) -> AsyncIterator[Watcher]:
         """Watch one in so many of the caller's prompts; who administrates watches everybody's.

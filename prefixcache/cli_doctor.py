@@ -55,6 +55,9 @@ def doctor(
     seconds: Annotated[
         float | None, typer.Option(min=0.1, help="End --follow after so long; Ctrl+C does, too.", show_default=False)
     ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="End --follow after so many prompts.", show_default=False)
+    ] = None,
     one_in: Annotated[int, typer.Option(min=1, help="With --follow: look at one in so many prompts.")] = 1,
     tokenizer: Annotated[
         Tokenizer, typer.Option(help="Count four characters as a token, or let the server tokenize the prompts.")
@@ -94,7 +97,7 @@ def doctor(
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(connect(address)) if asking else None
         if client is not None and follow:
-            found = _follow(client, pieces, seconds, one_in)
+            found = _follow(client, pieces, seconds, count, one_in)
         else:
             found = list(_read(prompts or [], pieces))
         if client is not None:
@@ -156,8 +159,8 @@ def _read(places: Iterable[Path], pieces: Pieces) -> Iterator[Prompt]:
             raise typer.BadParameter(f"{place} cannot be read: {error.strerror}") from None
 
 
-def _follow(client: Client, pieces: Pieces, seconds: float | None, one_in: int) -> list[Prompt]:
-    """Return what comes until the time is up or Ctrl+C."""
+def _follow(client: Client, pieces: Pieces, seconds: float | None, count: int | None, one_in: int) -> list[Prompt]:
+    """Return what comes until there are `count`, the time is up, or Ctrl+C."""
     from prefixcache.doctor import prompt_from_shape
 
     found: list[Prompt] = []
@@ -168,7 +171,7 @@ def _follow(client: Client, pieces: Pieces, seconds: float | None, one_in: int) 
         client.watch_prompts(one_in=one_in, timeout=seconds) as watch,
         status as line,
     ):
-        while True:
+        while count is None or len(found) < count:
             if line is not None:
                 line.update(f"{_count(len(found), 'prompt')} at {client.target}; Ctrl+C for the report")
             shape = next(watch)
@@ -276,13 +279,11 @@ def _show_finding(console: Console, number: int, finding: Finding, report: Repor
         .append(f": {where}, column {place.column} (token {place.token:,})"),
     )
     lines = [_example(example) for example in finding.examples]
-    everywhere = "all" if finding.prompts == report.prompts else f"{finding.prompts:,} of {report.prompts:,}"
-    lines.append(
-        Text(
-            f"in {everywhere} prompts, {finding.variants:,} different; the first is {terminal.safe(place.prompt)}",
-            "dim",
-        )
-    )
+    where = "all prompts" if finding.prompts == report.prompts else f"{finding.prompts:,} of {report.prompts:,} prompts"
+    if finding.groups > 1:
+        where += f" of {finding.groups:,} groups"
+    first = terminal.safe(place.prompt)
+    lines.append(Text(f"in {where}, {finding.variants:,} different; the first is {first}", "dim"))
     lines.append(Text(finding.advice))
     lines.append(Text(_saving(finding), "green"))
     for line in lines:

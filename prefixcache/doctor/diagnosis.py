@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,8 @@ Estimate = Callable[[Iterable[int], frozenset[int]], Outcome]
 DEFAULT_BLOCK_SIZE = 16
 LEAST_SHARE = 0.003
 """Advice that saves less of all tokens is not given."""
+SMALL_SHARE = 0.05
+"""What saves less of all tokens is looked at together with others of its kind."""
 
 _CANDIDATES = 24
 # What a piece of advice saves is estimated from so many prompts of the groups it concerns.
@@ -187,17 +189,31 @@ class Diagnosis:
         return list(candidates.values())
 
     def _spots(self, spots: Iterable[Spot], first: int) -> list[_Candidate]:
-        """Return the spots that matter most as candidates; the plans of the prompts say where they are."""
-        least = LEAST_SHARE * self._ids
-        worthy = sorted((spot for spot in spots if spot.bound >= least), key=lambda spot: -spot.bound)
-        candidates = []
-        for number, spot in enumerate(worthy[:_CANDIDATES], start=first):
-            ranges = {index: (edits[0].start, edits[0].end) for index, edits in spot.edits.items()}
-            candidates.append(_Candidate(number, spot.kinds, ranges, spot.values, spot.bound, spot.depth))
+        """Return the spots that matter most as candidates; the plans of the prompts say where they are.
+
+        Small ones of the same kind in different groups are one: many agents with a clock each, say.
+        """
+        merged: dict[Hashable, list[Spot]] = {}
+        times: Counter[tuple[tuple[str, ...], int]] = Counter()
+        for number, spot in enumerate(spots):
+            in_first = spot.kinds, min(spot.edits)
+            small = spot.bound < SMALL_SHARE * self._ids
+            merged.setdefault((spot.depth, spot.kinds, times[in_first]) if small else number, []).append(spot)
+            times[in_first] += 1
+        worthy = [alike for alike in merged.values() if sum(spot.bound for spot in alike) >= LEAST_SHARE * self._ids]
+        worthy.sort(key=lambda alike: -sum(spot.bound for spot in alike))
+        return [self._candidate(number, alike) for number, alike in enumerate(worthy[:_CANDIDATES], start=first)]
+
+    def _candidate(self, number: int, spots: Sequence[Spot]) -> _Candidate:
+        candidate = _Candidate(number, spots[0].kinds, depth=spots[0].depth)
+        for spot in spots:
+            candidate.variants += spot.values
+            candidate.bound += spot.bound
             for index, edits in spot.edits.items():
+                candidate.ranges.setdefault(index, (edits[0].start, edits[0].end))
                 entries = self._plans[index].spaces if spot.kinds == (SPACES,) else self._plans[index].moves
                 entries += [(number, edit) for edit in edits]
-        return candidates
+        return candidate
 
     # Counting
 
@@ -247,6 +263,7 @@ class Diagnosis:
             place=self._place(first, candidate.ranges[first], scale),
             examples=tuple(self._examples(candidate)),
             prompts=len(candidate.ranges),
+            groups=sum(1 for group in self._groups if not candidate.ranges.keys().isdisjoint(group)),
             variants=candidate.variants,
             advice=advice(candidate.kinds),
             saved_tokens=saved,

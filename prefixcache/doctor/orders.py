@@ -111,8 +111,10 @@ def parts(pieces: Sequence[Piece]) -> list[Range]:
     return [(start + 1, end) for start, end in zip(fields, [*fields[1:], len(pieces)], strict=True)]
 
 
-def _sort_key(pieces: Sequence[Piece], positions: Iterable[int]) -> tuple[str, ...]:
-    return tuple(piece.order for piece in (pieces[position] for position in positions) if not piece.blank)
+def _sort_key(pieces: Sequence[Piece], positions: Iterable[int]) -> tuple[list[str], list[str]]:
+    """Sort by what does not vary, and what is equal then by everything."""
+    item = [piece for piece in (pieces[position] for position in positions) if not piece.blank]
+    return [piece.order for piece in item], [piece.text or piece.order for piece in item]
 
 
 def _fixed_ends(orders: set[tuple[int, ...]]) -> Range:

@@ -84,10 +84,11 @@ _PATTERNS = (
     ("hex", r"0x[0-9a-fA-F]{4,}(?!\w)|(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,}(?!\w)"),
     ("hex", r"(?=[A-F]*\d)(?=\d*[A-F])[0-9A-F]{7,}(?!\w)"),
     # A prefix and an ending with a digit; a prefix in capitals and numbers; a mixture of cases and digits; a ULID.
-    ("id", r"[A-Za-z]{2,12}[_-](?=[A-Za-z]*\d)[0-9A-Za-z]{6,}(?:[_-][0-9A-Za-z]+)*(?!\w)"),
-    ("id", r"[A-Z]{2,8}-\d[\d-]*\d(?!\w)"),
-    ("id", r"(?=[a-zA-Z_-]*\d)(?=[A-Z\d_-]*[a-z])(?=[a-z\d_-]*[A-Z])[A-Za-z0-9_-]{16,}={0,2}(?!\w)"),
-    ("id", r"(?=[A-Z]*\d)[0-9A-HJKMNP-TV-Z]{26}(?!\w)"),
+    # Nothing looks further ahead than so many characters, or long texts would take for ever.
+    ("id", r"[A-Za-z]{2,12}[_-](?=[A-Za-z]{0,64}\d)[0-9A-Za-z]{6,128}(?:[_-][0-9A-Za-z]{1,128}){0,8}(?!\w)"),
+    ("id", r"[A-Z]{2,8}-\d[\d-]{0,32}\d(?!\w)"),
+    ("id", r"(?=[a-zA-Z_-]{0,64}\d)(?=[A-Z\d_-]{0,64}[a-z])(?=[a-z\d_-]{0,64}[A-Z])[A-Za-z0-9_-]{16,2048}={0,2}(?!\w)"),
+    ("id", r"(?=[A-Z]{0,26}\d)[0-9A-HJKMNP-TV-Z]{26}(?!\w)"),
     ("number", r"\d+(?:[.,]\d+)*(?!\w)"),
     ("conjunction", r"(?:and|or)\b"),
     ("letter", r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"),

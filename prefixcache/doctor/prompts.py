@@ -185,6 +185,8 @@ def _walk(source: Any, visit: Visit) -> Any:
     prompt = source.get("prompt")
     if isinstance(prompt, str):
         return {**source, "prompt": visit(TEXT, prompt)}
+    if prompt is not None and not isinstance(prompt, list):
+        raise InvalidArgument(f"prompt must be text, token ids or messages, not {_kind_of(prompt)}")
     key = "messages" if prompt is None else "prompt"
     if source.get(key) is None:
         raise InvalidArgument("the object has neither prompt nor messages")

@@ -69,6 +69,7 @@ class Finding:
     place: Place
     examples: tuple[Example, ...]
     prompts: int
+    groups: int
     variants: int
     advice: str
     saved_tokens: int
