@@ -33,8 +33,9 @@ from xxhash import xxh3_128_digest
 from benchmarks import workloads
 from benchmarks.machine import describe, machine, wide_console
 from benchmarks.workloads import Request, Workload
-from prefixcache.cache import CacheEvent, Lease, PrefixCache
+from prefixcache.cache import PrefixCache
 from prefixcache.eviction import POLICIES
+from prefixcache.lease import CacheEvent, Lease
 from prefixcache.tokens import TOKEN_BYTES
 
 BLOCK = 16

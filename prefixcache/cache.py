@@ -73,7 +73,7 @@ class PrefixCache(Keeping):
 
     def lookup(self, packed: bytes, namespace: str = "") -> Found:
         """Say what a match would find. Changes nothing, not even recency. Costs what a match costs."""
-        base, rest, inner = self.parts(packed, namespace)
+        base, rest, inner = self.parts(packed, namespace) if self._published else (b"", packed, namespace)
         space = self._spaces.get(inner) or self._new_space(inner)
         place = self._tree.find(space.root, rest, self._whole_blocks_end(rest))
         found = self._found(place, rest)[0]
@@ -227,38 +227,43 @@ class PrefixCache(Keeping):
         the match ends inside one; costs O(length) with memcmp.
         """
         assert packed
-        base, rest, inner = self.parts(packed, namespace) if read else (b"", packed, namespace)
+        if not (read and self._published):
+            return self._match(packed, self._space(namespace), read, terms)
+        base, rest, inner = self.parts(packed, namespace)
         lease = self._match(rest, self._space(inner), read, terms)
         if base:
-            lease.stand_on(
-                self._match(base + rest[:TOKEN_BYTES], self._space(self.shared_namespace), True, DEFAULT_TERMS)
-            )
+            below = self._space(self.shared_namespace)
+            lease.stand_on(self._match(base + rest[:TOKEN_BYTES], below, True, DEFAULT_TERMS))
         return lease
 
     def _match(self, packed: bytes, space: Space, read: bool, terms: Terms) -> Lease:
         """Hold what one space has of a prompt."""
-        if not read:
-            lease = Lease(self, space, space.root, [], Found(0, MissReason.BYPASSED, 0), terms)
-            self._hold(lease)
-            self._claim(lease)
-            return lease
-        place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
-        node = place.node
-        if place.depth < len(node.blocks):
-            node = self._split(node, place.depth)
-            place = place._replace(node=node)
-        found, source = self._found(place, packed)
-        lease = Lease(self, space, node, place.blocks, found, terms)
+        source: Partial | None = None
+        if read:
+            place = self._tree.find(space.root, packed, self._whole_blocks_end(packed))
+            node, blocks = place.node, place.blocks
+            if place.depth < len(node.blocks):
+                node = self._split(node, place.depth)
+                place = place._replace(node=node)
+            found, source = self._found(place, packed)
+        else:
+            node, blocks, found = space.root, [], Found(0, MissReason.BYPASSED, 0)
+        lease = Lease(self, space, node, blocks, found, terms)
+        self._leases.add(lease)
+        self._tree.acquire(node)
+        if terms.session:
+            self._join(lease)
         if source is not None:
             holder, depth, tokens = source
             lease.source = BlockSource(holder.blocks[depth], tokens)
             lease._source_node = holder
             self._tree.acquire(holder)
-        self._hold(lease)
-        if source is not None and len(source.node.blocks) == 1:  # more of a longer one than matched would be refreshed
-            self._use(lease, source.node)
-        self._use(lease, node)
-        self._claim(lease)
+            if len(holder.blocks) == 1:  # more of a longer one than matched would be refreshed
+                self._use(lease, holder)
+        if read:
+            self._use(lease, node)
+        if terms.session:
+            self._claim(lease)
         return lease
 
     def announce(self, lease: Lease, packed: bytes) -> None:
@@ -357,10 +362,9 @@ class PrefixCache(Keeping):
             return Found(cached, MissReason.NONE, cached)
         space = place.node.space
         assert space is not None
-        if self._in_flight(packed, space, place.offset // self.block_bytes):
+        if space.computing and self._in_flight(packed, space, place.offset // self.block_bytes):
             return Found(cached, MissReason.IN_FLIGHT, cached)
-        removed = self._removed_reason(place, packed)
-        if removed is not None:
+        if self._removed and (removed := self._removed_reason(place, packed)) is not None:
             return Found(cached, removed, cached)
         # A cached prompt that merely ends here, in a partly filled block, does not go on differently.
         ends = source is not None and source.tokens * TOKEN_BYTES == len(source.node.edge) < self.block_bytes
@@ -371,28 +375,24 @@ class PrefixCache(Keeping):
     def _removed_reason(self, place: Place, packed: bytes) -> MissReason | None:
         """Whether the block behind `place` is remembered as removed, and why."""
         following = packed[place.offset : place.offset + self.block_bytes]
-        if not self._removed or not following:
+        if not following:
             return None
         node, size = place.node, self.block_bytes
         before = node.hash_of(place.depth - 1, size) if place.depth else node.end_hash(size)
         return self._removed.get(chain_hashes(before, following, size))
 
-    def _hold(self, lease: Lease) -> None:
-        """Count a lease at its node and in its session."""
-        self._tree.acquire(lease.node)
-        self._leases.add(lease)
-        if lease.terms.session:
-            self._join(lease)
-
     def _use(self, lease: Lease, node: Node) -> None:
         """A match ended at a node."""
-        self._touch(node)
+        self._uses += 1
+        node.last_used = self._uses
         node.hits += 1
         node.value += 1.0
-        if lease.terms.priority > node.priority:
-            node.priority = lease.terms.priority
-        self._share(node, lease.session)
-        if lease.terms.sliding:
+        terms = lease.terms
+        if terms.priority > node.priority:
+            node.priority = terms.priority
+        if node.owner is not None:
+            self._share(node, lease.session)
+        if self._expiring and terms.sliding:
             self._extend(node, lease.expires)
 
     def _keep(self, lease: Lease, node: Node) -> None:
@@ -428,7 +428,7 @@ class PrefixCache(Keeping):
         """Hang the rest of a commit below `node`, growing its edge where that changes nothing for others."""
         size = self.block_bytes
         count = (len(packed) - offset) // size
-        allowed = self._make_room(lease.space.account, count)
+        allowed = self._make_room(lease.space.account, count) if self._own_queues else count
         if allowed < count:  # nobody need wait for the rest
             lease.space.computing.discard(lease)
         blocks = lease.blocks[lease.shared : lease.shared + allowed]
@@ -492,7 +492,7 @@ class PrefixCache(Keeping):
                 self._touch(best.node)
                 self._keep(lease, best.node)
             return False
-        if not self._make_room(lease.space.account, 1):
+        if self._own_queues and not self._make_room(lease.space.account, 1):
             return False
         self._drop_superseded_tail(node, tail)
         leaf = self._tree.insert(node, tail, [lease.blocks[lease.shared]])
@@ -518,12 +518,15 @@ class PrefixCache(Keeping):
         self._pool.free(lease.blocks[lease.shared + kept :])
         if lease.node.parent is not None:
             self._touch(lease.node)
-        if lease.terms.sliding and not lease.detached:
+        if self._expiring and lease.terms.sliding and not lease.detached:
             self._extend(lease.node, self.expiry_of(lease.terms))
-        self._leave(lease)
-        for node in (lease.node, *lease._held):
+        if lease.session is not None:
+            self._leave(lease)
+        self._let_go(lease.node)
+        for node in lease._held:
             self._let_go(node)
-        self._keep_to_limit(lease.space.account)
+        if self._own_queues:
+            self._keep_to_limit(lease.space.account)
         self._drop_if_empty(lease.space)
         if lease._base is not None:
             lease._base.release()

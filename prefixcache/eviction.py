@@ -76,7 +76,8 @@ class EvictionQueue:
         self._heap.discard(node)
 
     def _key(self, node: Node) -> tuple[int, Any]:
-        return node.rank, self._policy(node)
+        owner = node.owner
+        return -1 if owner is not None and owner.ended else node.priority, self._policy(node)
 
     def __contains__(self, node: Node) -> bool:
         return node in self._heap

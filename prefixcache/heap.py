@@ -23,14 +23,15 @@ class Heap(Generic[Item]):
 
     def push(self, key: Any, item: Item) -> None:
         """Add an item, or move it to another key."""
-        self._pushed += 1
-        self._current[item] = self._pushed
-        heapq.heappush(self._entries, (key, self._pushed, item))
-        self._compact()
+        self._pushed = number = self._pushed + 1
+        self._current[item] = number
+        heapq.heappush(self._entries, (key, number, item))
+        if len(self._entries) > 2 * len(self._current) + 16:
+            self._compact()
 
     def discard(self, item: Item) -> None:
         """Take an item out, if it is in."""
-        if self._current.pop(item, None) is not None:
+        if self._current.pop(item, None) is not None and len(self._entries) > 2 * len(self._current) + 16:
             self._compact()
 
     def first(self) -> tuple[Any, Item] | None:
@@ -44,11 +45,13 @@ class Heap(Generic[Item]):
 
     def pop(self) -> tuple[Any, Item] | None:
         """Take out the item with the lowest key, or return None if there is none."""
-        first = self.first()
-        if first is not None:
-            heapq.heappop(self._entries)
-            del self._current[first[1]]
-        return first
+        current = self._current
+        while self._entries:
+            key, number, item = heapq.heappop(self._entries)
+            if current.get(item) == number:
+                del current[item]
+                return key, item
+        return None
 
     def __contains__(self, item: Item) -> bool:
         return item in self._current
@@ -57,6 +60,5 @@ class Heap(Generic[Item]):
         return len(self._current)
 
     def _compact(self) -> None:
-        if len(self._entries) > 2 * len(self._current) + 16:
-            self._entries = [entry for entry in self._entries if self._current.get(entry[2]) == entry[1]]
-            heapq.heapify(self._entries)
+        self._entries = [entry for entry in self._entries if self._current.get(entry[2]) == entry[1]]
+        heapq.heapify(self._entries)

@@ -231,15 +231,16 @@ class Keeping(Published):
 
     def _claim(self, lease: Lease) -> None:
         """A lease of a session takes over what was kept for its next request."""
-        if lease.session is not None and self._drop_pin(PinKey(lease.space.key, Holder.SESSION, lease.session.name)):
+        assert lease.session is not None
+        if self._drop_pin(PinKey(lease.space.key, Holder.SESSION, lease.session.name)):
             self._keep_to_limit(lease.space.account)
 
     def _leave(self, lease: Lease) -> None:
         session = lease.session
-        if session is not None:
-            session.leases -= 1
-            self._refresh(session)
-            self._drop_if_over(session)
+        assert session is not None
+        session.leases -= 1
+        self._refresh(session)
+        self._drop_if_over(session)
 
     def _refresh(self, session: Session) -> None:
         if self._session_idle < math.inf and self._spaces.get(session.space.key) is session.space:
@@ -265,6 +266,8 @@ class Keeping(Published):
 
     def _extend(self, node: Node, expires: float) -> None:
         """Let a node and its ancestors live until `expires` at least."""
+        if not self._expiring:
+            return
         step: Node | None = node
         while step is not None and step.parent is not None:
             if step.expires < expires:
@@ -277,6 +280,7 @@ class Keeping(Published):
             lease.expires = self.expiry_of(lease.terms)
 
     def _set_expiry(self, node: Node, expires: float) -> None:
+        self._expiring = True
         node.expires = expires
         if expires < math.inf and not node.pins:
             self._agenda.push(expires, node)

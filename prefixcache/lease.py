@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,7 +95,7 @@ class Lease:
         self.source: BlockSource | None = None
         self.cached_tokens, self.reason, self.position, _ = found
         self.terms = terms
-        self.expires = cache.expiry_of(terms)
+        self.expires = math.inf if terms.ttl is None else cache.now + terms.ttl
         self.session: Session | None = None
         self.stored = 0
 

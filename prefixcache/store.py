@@ -57,6 +57,7 @@ class Store:
         self._pins = Pins(self._tree, int(total_blocks * pin_share))
         self._session_idle = session_idle
         self._agenda: Heap[Node | Pin | Session] = Heap()  # by the time to look at them
+        self._expiring = False  # whether anything has ever had a time to live
         self._spaces: dict[SpaceKey, Space] = {}
         self.shared_namespace = shared_namespace
         self._published: dict[str, bytes] = {}  # packed tokens by name
@@ -144,9 +145,11 @@ class Store:
         return [self._queue] if own is None else [self._queue, own]
 
     def _enqueue(self, leaf: Node) -> None:
-        assert leaf.space is not None
-        for queue in self._queues(leaf.space.account):
-            queue.push(leaf)
+        self._queue.push(leaf)
+        if self._own_queues:
+            assert leaf.space is not None
+            for queue in self._queues(leaf.space.account):
+                queue.push(leaf)
 
     def _dequeue(self, node: Node, account: Account) -> None:
         for queue in self._queues(account):
@@ -167,8 +170,10 @@ class Store:
             if leaf.parent is not None:
                 self._enqueue(leaf)
                 continue
-            self._dequeue(leaf, space.account)
-            self._agenda.discard(leaf)
+            if self._own_queues:
+                self._dequeue(leaf, space.account)
+            if self._expiring:
+                self._agenda.discard(leaf)
             if owner is not None:
                 self._drop_if_over(owner)
             if self._tree.evictable(parent):
@@ -181,6 +186,8 @@ class Store:
 
     def _make_room(self, account: Account, count: int) -> int:
         """Let an account store `count` more blocks, evicting its own; returns how many of them it may."""
+        if account not in self._own_queues:
+            return count
         over = account.blocks + count - account.limit
         if over > 0:
             self._evict(self._own_queues[account], int(over))

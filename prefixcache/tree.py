@@ -72,11 +72,6 @@ class Node:
         self.owner: Session | None = None
         self._hashes = b""
 
-    @property
-    def rank(self) -> int:
-        """Lower ranks are evicted first."""
-        return -1 if self.owner is not None and self.owner.ended else self.priority
-
     def hashes(self, block_bytes: int) -> bytes:
         """Return the chained hashes of this node's blocks, 16 bytes each; each is computed once."""
         self._hash(len(self.blocks), block_bytes)
@@ -291,7 +286,7 @@ class RadixTree:
         node = Node(parent.space, parent, edge, blocks)
         parent.children[key] = node
         insort(parent.keys, key)
-        self._count(parent.space, blocks=len(blocks), idle=len(blocks))
+        self._count(parent.space, len(blocks), len(blocks))
         return node
 
     def grow(self, node: Node, edge: bytes, blocks: list[int]) -> None:
@@ -299,14 +294,14 @@ class RadixTree:
         assert node.refs and not node.pins and not node.children and len(node.edge) % self.block_bytes == 0
         node.edge += edge
         node.blocks = node.blocks + blocks
-        self._count(node.space, blocks=len(blocks))
+        self._count(node.space, len(blocks), 0)
 
     def trim(self, leaf: Node, count: int) -> list[int]:
         """Take the last `count` blocks off an unreferenced leaf, removing it if none is left."""
         assert self.evictable(leaf) and 0 < count <= len(leaf.blocks)
         keep = len(leaf.blocks) - count
         removed = leaf.blocks[keep:]
-        self._count(leaf.space, blocks=-count, idle=-count)
+        self._count(leaf.space, -count, -count)
         if keep:
             leaf.edge = leaf.edge[: keep * self.block_bytes]
             leaf.blocks = leaf.blocks[:keep]
@@ -334,8 +329,9 @@ class RadixTree:
                 in_use += len(node.blocks)
             else:
                 unused += node.blocks
-            self._disown(node)
-        self._count(space, blocks=-blocks, idle=-len(unused))
+            if node.owner is not None:
+                self._disown(node)
+        self._count(space, -blocks, -len(unused))
         if parent is not None:
             self._detach(top, parent)
             if top.refs:
@@ -351,7 +347,8 @@ class RadixTree:
         parent.hits += node.hits
         parent.value += node.value
         node.space = None
-        self._disown(node)
+        if node.owner is not None:
+            self._disown(node)
 
     def _detach(self, node: Node, parent: Node) -> None:
         key = node.edge[: self.block_bytes]
@@ -361,19 +358,26 @@ class RadixTree:
 
     @staticmethod
     def _disown(node: Node) -> None:
-        if node.owner is not None:
-            node.owner.nodes.discard(node)
-            node.owner = None
+        assert node.owner is not None
+        node.owner.nodes.discard(node)
+        node.owner = None
 
-    def _count(
-        self, space: Space | None, *, blocks: int = 0, idle: int = 0, pinned: int = 0, pinned_idle: int = 0
-    ) -> None:
+    def _count(self, space: Space | None, blocks: int, idle: int) -> None:
+        """Add blocks to the counts of all, and of the account that they belong to."""
+        assert space is not None
+        total, account = self.total, space.account
+        total.blocks += blocks
+        account.blocks += blocks
+        total.idle += idle
+        account.idle += idle
+
+    def _count_pins(self, space: Space | None, pinned: int, idle: int) -> None:
+        """Count blocks as pinned, some of which have no references."""
         assert space is not None
         for account in (self.total, space.account):
-            account.blocks += blocks
-            account.idle += idle
             account.pinned += pinned
-            account.pinned_idle += pinned_idle
+            account.pinned_idle += idle
+            account.idle -= idle
 
     # References
 
@@ -396,7 +400,13 @@ class RadixTree:
                 idle += len(step.blocks)
             step = step.parent
         if idle or pinned:
-            self._count(node.space, idle=-idle, pinned_idle=-pinned)
+            assert node.space is not None
+            total, account = self.total, node.space.account
+            total.idle -= idle
+            account.idle -= idle
+            if pinned:
+                total.pinned_idle -= pinned
+                account.pinned_idle -= pinned
 
     def release(self, node: Node) -> tuple[Node | None, list[int]]:
         """Drop a reference of a node.
@@ -421,7 +431,13 @@ class RadixTree:
                 idle += len(step.blocks)
             step = step.parent
         if idle or pinned:
-            self._count(node.space, idle=idle, pinned_idle=pinned)
+            assert node.space is not None
+            total, account = self.total, node.space.account
+            total.idle += idle
+            account.idle += idle
+            if pinned:
+                total.pinned_idle += pinned
+                account.pinned_idle += pinned
         return (node if self.evictable(node) else None), unused
 
     def pin(self, node: Node) -> None:
@@ -436,7 +452,7 @@ class RadixTree:
             if not step.refs:
                 idle += len(step.blocks)
             step = step.parent
-        self._count(node.space, pinned=pinned, idle=-idle, pinned_idle=idle)
+        self._count_pins(node.space, pinned, idle)
 
     def unpin(self, node: Node) -> list[Node]:
         """Drop a pin of a node; returns the nodes that have none left."""
@@ -453,5 +469,5 @@ class RadixTree:
             if not step.refs:
                 idle += len(step.blocks)
             step = step.parent
-        self._count(node.space, pinned=-pinned, idle=idle, pinned_idle=-idle)
+        self._count_pins(node.space, -pinned, -idle)
         return free
