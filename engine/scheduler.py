@@ -378,9 +378,11 @@ class Scheduler:
         background = self._background
         if background is None:
             return
+        alone = all(len(request.tokens) - request.computed == 1 for request in self._running)
         for request in self._waiting[:WINDOW]:
             tokens = cached[request] = self._cached_tokens(request)
-            if self._computed_by_another(request, tokens) and self._wants(request, tokens, background):
+            # With no live prompt being computed, there is nobody else whom it could wait for.
+            if self._computed_by_another(request, tokens) and (alone or self._wants(request, tokens, background)):
                 self._background = None
                 self._running.append(background)
                 return

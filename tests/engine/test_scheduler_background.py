@@ -239,6 +239,16 @@ def test_a_step_may_take_longer_if_it_does_anyway() -> None:
     assert max(steps) > 500 and len(steps) < 80
 
 
+def test_before_anybody_is_served_it_takes_whole_steps() -> None:
+    """A server that warms up before it serves has nobody to spare; afterwards it has."""
+    bench = Bench(blocks=1000, size=16, machine=Machine(), max_length=20_000, max_batch_tokens=2048)
+    bench.scheduler.hurry(True)
+    background = bench.warm(prompt_of(10_000))
+    assert bench.step() == bench.step() == {background: 2048}
+    bench.scheduler.hurry(False)
+    assert bench.step()[background] < 2048
+
+
 def test_the_pace_of_live_requests_learns_from_the_background() -> None:
     """A long live prompt beside streams keeps to its own limit from its first step on."""
     machine = Machine()
