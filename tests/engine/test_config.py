@@ -19,7 +19,7 @@ def test_defaults_serve_the_embedded_model_to_this_machine_only() -> None:
 def test_options_win_over_the_environment() -> None:
     """The environment fills in what is not given; None counts as not given."""
     environment = {"PREFIXCACHE_PORT": "1234", "PREFIXCACHE_MAX_QUEUE": "7", "HOME": "/"}
-    environment |= {variable: "the client's" for variable in CLIENT_VARIABLES}
+    environment |= dict.fromkeys(CLIENT_VARIABLES, "the client's")
     config = load(environment, port=99, max_queue=None)
     assert (config.port, config.max_queue) == (99, 7)
 
