@@ -233,6 +233,7 @@ def write_stats(
             aborted=totals.aborted,
             preempted=totals.preempted,
             steps=totals.steps,
+            warmed=totals.warmed_prompts,
         ),
         tokens=cache_pb2.TokenStats(
             prompt=totals.prompt_tokens,
@@ -240,6 +241,7 @@ def write_stats(
             computed=totals.prompt_tokens - totals.cached_tokens,
             recomputed=totals.recomputed_tokens,
             generated=totals.generated_tokens,
+            warmed=totals.warmed_tokens,
         ),
         miss_reasons={reason.value: count for reason, count in totals.miss_reasons.items()},
         uptime=duration(uptime),

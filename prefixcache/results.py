@@ -224,7 +224,7 @@ class BlockStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """Waiting and running now; the rest counted since the start."""
+    """Waiting and running now; the rest counted since the start. `warmed` prompts are in no other count."""
 
     waiting: int
     running: int
@@ -233,17 +233,19 @@ class RequestStats:
     aborted: int
     preempted: int
     steps: int
+    warmed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStats:
-    """Tokens since the start; prompt = cached + computed."""
+    """Tokens since the start; prompt = cached + computed. `warmed` ones are in no other count."""
 
     prompt: int
     cached: int
     computed: int
     recomputed: int
     generated: int
+    warmed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,8 +419,9 @@ def stats_from(message: cache_pb2.GetStatsResponse) -> Stats:
             requests.aborted,
             requests.preempted,
             requests.steps,
+            requests.warmed,
         ),
-        TokenStats(tokens.prompt, tokens.cached, tokens.computed, tokens.recomputed, tokens.generated),
+        TokenStats(tokens.prompt, tokens.cached, tokens.computed, tokens.recomputed, tokens.generated, tokens.warmed),
         dict(message.miss_reasons),
         message.uptime.ToNanoseconds() / 1e9,
         message.sessions,

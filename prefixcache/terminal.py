@@ -140,7 +140,8 @@ def stats_view(stats: Stats, rates: Rates | None = None) -> RenderableType:
     prompt = Text(f"{tokens.prompt:,} prompt = {tokens.cached:,} cached (").append_text(share)
     view.add_row("tokens", prompt.append(f") + {tokens.computed:,} computed"))
     again = f"; {tokens.recomputed:,} recomputed after preemption" if tokens.recomputed else ""
-    view.add_row("", f"{tokens.generated:,} generated{again}")
+    ahead = f"; {tokens.warmed:,} of {requests.warmed:,} prompts computed ahead of time" if requests.warmed else ""
+    view.add_row("", f"{tokens.generated:,} generated{again}{ahead}")
     if rates is not None:
         recent = "no new prompts" if rates.hit_rate is None else f"{percent(rates.hit_rate, 1)} cached"
         view.add_row(

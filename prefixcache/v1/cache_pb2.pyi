@@ -795,6 +795,7 @@ class RequestStats(_message.Message):
     ABORTED_FIELD_NUMBER: _builtins.int
     PREEMPTED_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    WARMED_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     """In the queue now."""
     running: _builtins.int
@@ -809,6 +810,8 @@ class RequestStats(_message.Message):
     """Preempted so far, each time counted."""
     steps: _builtins.int
     """Forward passes so far."""
+    warmed: _builtins.int
+    """Prompts computed ahead of time so far; not among the others."""
     def __init__(
         self,
         *,
@@ -819,10 +822,11 @@ class RequestStats(_message.Message):
         aborted: _builtins.int = ...,
         preempted: _builtins.int = ...,
         steps: _builtins.int = ...,
+        warmed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "admitted", b"admitted", "finished", b"finished", "preempted", b"preempted", "running", b"running", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborted", b"aborted", "admitted", b"admitted", "finished", b"finished", "preempted", b"preempted", "running", b"running", "steps", b"steps", "waiting", b"waiting", "warmed", b"warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -839,6 +843,7 @@ class TokenStats(_message.Message):
     COMPUTED_FIELD_NUMBER: _builtins.int
     RECOMPUTED_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
+    WARMED_FIELD_NUMBER: _builtins.int
     prompt: _builtins.int
     """Prompt tokens of admitted requests."""
     cached: _builtins.int
@@ -849,6 +854,8 @@ class TokenStats(_message.Message):
     """Computed again after preemption."""
     generated: _builtins.int
     """Generated."""
+    warmed: _builtins.int
+    """Computed ahead of time; not among the others."""
     def __init__(
         self,
         *,
@@ -857,10 +864,11 @@ class TokenStats(_message.Message):
         computed: _builtins.int = ...,
         recomputed: _builtins.int = ...,
         generated: _builtins.int = ...,
+        warmed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "computed", b"computed", "generated", b"generated", "prompt", b"prompt", "recomputed", b"recomputed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "computed", b"computed", "generated", b"generated", "prompt", b"prompt", "recomputed", b"recomputed", "warmed", b"warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
