@@ -280,6 +280,8 @@ def _show_finding(console: Console, number: int, finding: Finding, report: Repor
     )
     lines = [_example(example) for example in finding.examples]
     where = "all prompts" if finding.prompts == report.prompts else f"{finding.prompts:,} of {report.prompts:,} prompts"
+    if finding.places > 1:
+        where += f", up to {finding.places:,} places in each"
     if finding.groups > 1:
         where += f" of {finding.groups:,} groups"
     first = terminal.safe(place.prompt)

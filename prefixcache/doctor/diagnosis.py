@@ -27,7 +27,7 @@ Estimate = Callable[[Iterable[int], frozenset[int]], Outcome]
 """Returns what the cache would make of some prompts with some of the advice followed."""
 
 DEFAULT_BLOCK_SIZE = 16
-LEAST_SHARE = 0.003
+LEAST_SHARE = 0.005
 """Advice that saves less of all tokens is not given."""
 SMALL_SHARE = 0.05
 """What saves less of all tokens is looked at together with others of its kind."""
@@ -191,14 +191,15 @@ class Diagnosis:
     def _spots(self, spots: Iterable[Spot], first: int) -> list[_Candidate]:
         """Return the spots that matter most as candidates; the plans of the prompts say where they are.
 
-        Small ones of the same kind in different groups are one: many agents with a clock each, say.
+        Those of the same kind behind the same words are one: the scores of some documents,
+        say. So are small ones of the same kind in different groups: the clocks of many agents.
         """
         merged: dict[Hashable, list[Spot]] = {}
         times: Counter[tuple[tuple[str, ...], int]] = Counter()
-        for number, spot in enumerate(spots):
+        for spot in spots:
             in_first = spot.kinds, min(spot.edits)
             small = spot.bound < SMALL_SHARE * self._ids
-            merged.setdefault((spot.depth, spot.kinds, times[in_first]) if small else number, []).append(spot)
+            merged.setdefault((spot.depth, spot.kinds, times[in_first] if small else spot.after), []).append(spot)
             times[in_first] += 1
         worthy = [alike for alike in merged.values() if sum(spot.bound for spot in alike) >= LEAST_SHARE * self._ids]
         worthy.sort(key=lambda alike: -sum(spot.bound for spot in alike))
@@ -210,7 +211,8 @@ class Diagnosis:
             candidate.variants += spot.values
             candidate.bound += spot.bound
             for index, edits in spot.edits.items():
-                candidate.ranges.setdefault(index, (edits[0].start, edits[0].end))
+                first = edits[0].start, edits[0].end
+                candidate.ranges[index] = min(candidate.ranges.get(index, first), first)
                 entries = self._plans[index].spaces if spot.kinds == (SPACES,) else self._plans[index].moves
                 entries += [(number, edit) for edit in edits]
         return candidate
@@ -263,6 +265,7 @@ class Diagnosis:
             place=self._place(first, candidate.ranges[first], scale),
             examples=tuple(self._examples(candidate)),
             prompts=len(candidate.ranges),
+            places=self._places(candidate),
             groups=sum(1 for group in self._groups if not candidate.ranges.keys().isdisjoint(group)),
             variants=candidate.variants,
             advice=advice(candidate.kinds),
@@ -270,6 +273,11 @@ class Diagnosis:
             saved_alone=max(round(candidate.alone * scale), 0),
             saved_seconds=self._seconds(saved),
         )
+
+    def _places(self, candidate: _Candidate) -> int:
+        """Return at how many places a prompt has it, at most."""
+        plans = (self._plans[index] for index in candidate.ranges)
+        return max(sum(number == candidate.number for number, _ in plan.moves) for plan in plans) or 1
 
     def _place(self, index: int, where: Range, scale: float) -> Place:
         prompt, (start, end) = self._prompts[index], where

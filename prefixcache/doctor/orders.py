@@ -9,7 +9,7 @@ or apart, never crossing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prefixcache.doctor.pieces import CLOSING, FIELD, OPENING, QUOTES, Piece
@@ -24,6 +24,8 @@ _BEFORE_VALUE = frozenset({"{", "[", "(", ",", ":"})
 _TOOL = FIELD + "tool"
 _LEAST_LINES = 3
 _LEAST_ENUMERATED = 3
+_LONGEST_ELEMENT = 200
+"""In lines."""
 
 Range = tuple[int, int]
 
@@ -163,6 +165,7 @@ class _Search:
         self._line = 0
         self._lines: list[Range] = []
         self._blocks: list[Range] = []
+        self._all_lines: list[Range] = []
 
     def run(self) -> list[Collection]:
         tools: list[Range] = []
@@ -263,7 +266,8 @@ class _Search:
         if self._blank(self._line, position):
             self._end_block()
         else:
-            self._lines.append((self._line, position))
+            self._lines.append(self._trim(self._line, position))
+            self._all_lines.append(self._lines[-1])
         self._line = position + 1
 
     def _end_block(self) -> None:
@@ -275,16 +279,17 @@ class _Search:
         for start, end in self._lines:
             bullet, after = self._bullet(start)
             if bullet and bullet == mark:
-                run.append(self._trim(after, end))
-            elif run and not bullet and self._keys[start] == 0:
-                run[-1] = (run[-1][0], self._trim(start, end)[1])
+                run.append((after, end))
+            elif run and not bullet and self._pieces[start - 1].blank and self._pieces[start - 1].kind != "newline":
+                run[-1] = (run[-1][0], end)
             else:
                 self._add_lines(run)
-                run, mark = ([self._trim(after, end)], bullet) if bullet else ([], 0)
+                run, mark = ([(after, end)], bullet) if bullet else ([], 0)
             bulleted = bulleted or bool(bullet)
         self._add_lines(run)
-        if not bulleted and len(self._lines) >= _LEAST_LINES:
-            self._add_lines([self._trim(*line) for line in self._lines])
+        names = {self._keys[start] for start, _ in self._lines}
+        if not bulleted and len(self._lines) == len(names) >= _LEAST_LINES:
+            self._add_lines(list(self._lines))
         self._blocks.append((self._lines[0][0], self._lines[-1][1]))
         self._lines.clear()
 
@@ -293,16 +298,41 @@ class _Search:
         self._quote = ""
         self._end_line(position)
         self._end_block()
+        self._add_runs(self._blocks, lambda block: self._keys[block[0]])
+        self._add_runs(self._elements(), lambda element: self._keys[element[0] + 1])
+        self._blocks.clear()
+        self._all_lines.clear()
+
+    def _elements(self) -> list[Range]:
+        """Return what begins with a line like <document id="7"> and ends with a line like </document>."""
+        elements: list[Range] = []
+        lines = self._all_lines
+        index = 0
+        while index < len(lines):
+            start = lines[index][0]
+            last = index
+            if self._pieces[start].kind == "<" and self._keys[start + 1 : start + 2] != [0]:
+                name = self._keys[start + 1 : start + 2]
+                for last in range(index, min(index + _LONGEST_ELEMENT, len(lines))):
+                    end = lines[last][1]
+                    kinds = [piece.kind for piece in self._pieces[end - 4 : end]]
+                    if kinds[:1] == ["<"] and kinds[3:] == [">"] and self._keys[end - 2 : end - 1] == name:
+                        elements.append((start, end))
+                        break
+                else:
+                    last = index
+            index = last + 1
+        return elements
+
+    def _add_runs(self, items: Iterable[Range], mark_of: Callable[[Range], int]) -> None:
+        """Add what follows each other and begins alike."""
         run: list[Range] = []
-        mark = 0
-        for block in self._blocks:
-            item = self._trim(*block)
-            if self._keys[item[0]] != mark:
+        for item in items:
+            if run and (mark_of(item) != mark_of(run[-1]) or not self._blank(run[-1][1], item[0])):
                 self._add_sections(run)
-                run, mark = [], self._keys[item[0]]
+                run = []
             run.append(item)
         self._add_sections(run)
-        self._blocks.clear()
 
     def _add_lines(self, items: list[Range]) -> None:
         self._add(LINES, items, [self._hash(*item) for item in items])
@@ -313,14 +343,19 @@ class _Search:
     def _bullet(self, start: int) -> tuple[int, int]:
         """Return what marks a line as an item of a list, 0 if nothing does, and where the item begins."""
         pieces = self._pieces
-        while start + 1 < len(pieces) and pieces[start].blank:
-            start += 1
-        first = pieces[start]
+        end = start
+        while end + 1 < len(pieces) and pieces[end].blank:
+            end += 1
+        first = pieces[end]
         if first.kind == "punctuation":
-            return first.key, start + 1
-        if first.kind == "number" and start + 1 < len(pieces) and pieces[start + 1].kind in {"stop", ")"}:
-            return first.key, start + 2
-        return 0, start
+            end += 1
+        elif first.kind == "number" and end + 1 < len(pieces) and pieces[end + 1].kind in {"stop", ")"}:
+            end += 2
+        else:
+            return 0, start
+        while end < len(pieces) and pieces[end].blank and pieces[end].kind != "newline":
+            end += 1
+        return first.key, end
 
     # Parts of the above
 

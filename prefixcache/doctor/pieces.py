@@ -96,7 +96,7 @@ _PATTERNS = (
     ("name", r"\w+"),
     ("escape", r"\\[\"'\\/bfnrtu]"),
     ("stop", r"[.!?]"),
-    ("", r"[{}\[\]():,;|\"']"),  # these are their own kind: they say how a text is built
+    ("", r"[{}\[\]()<>:,;|\"']"),  # these are their own kind: they say how a text is built
     ("punctuation", r"(?P<mark>[^\w\s])(?P=mark)*"),
     ("other", r"(?s:.)"),
 )  # fmt: skip

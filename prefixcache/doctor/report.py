@@ -60,8 +60,10 @@ class Example:
 class Finding:
     """One thing that keeps prompts from sharing what comes behind it.
 
-    `saved_tokens` need no longer be computed if this is changed together with the other
-    findings, `saved_alone` if nothing else is.
+    It is in so many `prompts` of so many `groups`, at up to so many `places` in each, of
+    which `place` is the first; there are `variants` of it. `saved_tokens` need no longer be
+    computed if this is changed together with the other findings, `saved_alone` if nothing
+    else is.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Finding:
     place: Place
     examples: tuple[Example, ...]
     prompts: int
+    places: int
     groups: int
     variants: int
     advice: str

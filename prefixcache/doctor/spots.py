@@ -31,6 +31,7 @@ _WORDS = frozenset({"word", "name", "letter", "conjunction", TOKEN})
 # Short spots with no more than this in between are one, unless there are words.
 _BETWEEN = 2
 _SHORT = 12
+_CONTEXT = 3
 
 
 class Edit(NamedTuple):
@@ -49,11 +50,13 @@ class Spot:
     prompt with others than most, and with those that most have. `values` is how many
     different things prompts have there, nothing included. `behind` is how many tokens of
     the frame come after it, and `further` how many of smaller groups in all. `depth` is
-    0 in a group of whole prompts; a deeper spot may lie within another.
+    0 in a group of whole prompts; a deeper spot may lie within another. `after` is what
+    it stands behind: keys of a few pieces.
     """
 
     kinds: tuple[str, ...]
     behind: int
+    after: tuple[int, ...] = ()
     further: int = 0
     depth: int = 0
     edits: dict[int, list[Edit]] = field(default_factory=dict)
@@ -172,7 +175,7 @@ class _Frame:
     def spots(self) -> tuple[list[Spot], list[Parts]]:
         """Return the spots, and the parts of the prompts that are long there or behind the frame."""
         ranges, spaces = self._differences()
-        moves = [_Values(Spot((), self._behind[end])) for _, end in ranges]
+        moves = [_Values(Spot((), self._behind[end], self._before(start))) for start, end in ranges]
         usual = {place: max(gaps, key=lambda gap: gaps[gap]) for place, gaps in spaces.items()}
         evened = Spot((SPACES,), self._behind[min(usual, default=0)])
         rests: list[Parts] = [{} for _ in range(len(ranges) + 1)]
@@ -190,6 +193,9 @@ class _Frame:
         evened.values = max((len(gaps) for gaps in spaces.values()), default=0)
         spots = [spot for spot in (values.result() for values in moves) if spot is not None]
         return [*spots, *([evened] if evened.edits else [])], [rest for rest in rests if len(rest) > 1]
+
+    def _before(self, place: int) -> tuple[int, ...]:
+        return tuple(piece.key for piece in self._pieces[max(place - _CONTEXT, 0) : place])
 
     def _common(self) -> list[bool]:
         steps = [0] * (len(self._pieces) + 1)

@@ -169,6 +169,16 @@ def test_a_name_in_an_object_with_unsorted_keys_is_found_as_well() -> None:
         ),
         (
             "lines",
+            lambda _, source: (
+                "Tools:\n"
+                + "\n".join(
+                    shuffled(source, ["find: finds a bike", "book: books it", "lend: lends it", "mend: mends it"])
+                )
+                + "\n\n"
+            ),
+        ),
+        (
+            "lines",
             lambda _, source: "You can use {}, {}, {} and {} for this.\n".format(
                 *shuffled(source, ["search", "book", "cancel", "weather"])
             ),
@@ -197,6 +207,38 @@ def test_the_same_in_another_order_is_found(kind: str, front: Front) -> None:
     assert len({prompt.partition(RULES)[0] for prompt in rewritten}) == 1
     for before, after in zip(prompts, rewritten, strict=True):
         assert Counter(before) == Counter(after)
+
+
+def test_retrieved_documents_are_sorted_whole_and_their_scores_moved() -> None:
+    """A document is several lines between its tags; the scores of all of them are one finding."""
+    bodies = ("Bikes are locked\nat night.", "The ferry leaves\nat nine.", "Keys are at\nthe desk.")
+
+    def documents(_: int, source: random.Random) -> str:
+        chosen = shuffled(source, list(bodies))
+        return "Context:\n" + "".join(
+            f'<document score="0.{source.randrange(1000):03}">\n{body}\n</document>\n' for body in chosen
+        )
+
+    diagnosis = diagnose(texts(documents))
+    found = {finding.kind: finding for finding in diagnosis.report.findings}
+    assert found.keys() == {"sections", "number"}
+    assert (found["number"].places, found["number"].place.line) == (3, 2)
+    assert diagnosis.report.after.share > 0.8
+    for prompt in diagnosis.rewritten():
+        context = prompt.partition(RULES)[0]
+        documents_in_order = [f'<document score="[number]">\n{body}\n</document>\n' for body in sorted(bodies)]
+        assert context == "Context:\n" + "".join(documents_in_order)
+
+
+def test_lines_that_belong_together_are_not_sorted() -> None:
+    """Of records in another order only whole ones could be; taken apart they would mean something else."""
+
+    def records(_: int, source: random.Random) -> str:
+        chosen = shuffled(source, ["Name: shed\nStation: 1", "Name: office\nStation: 2", "Name: ferry\nStation: 3"])
+        return "\n".join(chosen) + "\n\n"
+
+    diagnosis = diagnose(texts(records))
+    assert "lines" not in [finding.kind for finding in diagnosis.report.findings]
 
 
 def test_tools_in_another_order_are_found() -> None:

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from prefixcache.client import Client
-from prefixcache.doctor import sendable
+from prefixcache.doctor import Diagnosis, Pieces, prompt_from, sendable
 from tests.engine.serving import PaperEngine, RunningServer
 from tests.prefixcache.agents import COUNT, RULES, Front, chats, clock, moment, profile, texts, with_tools
 from tests.prefixcache.test_cli import on_terminal, run, words
@@ -78,6 +78,22 @@ def test_what_it_predicts_is_what_the_engine_measures(
     better = [json.loads(line) for line in rewritten.read_text().splitlines()]
     assert found["after"]["share"] == pytest.approx(send(server, better, f"{name}, after"), abs=0.02)
     assert found["after"]["share"] > found["today"]["share"] + 0.4
+
+
+def test_what_it_predicts_is_what_a_model_measures() -> None:
+    """The same with the embedded model instead of one on paper."""
+    prompts = texts(clock)[:12]
+    with RunningServer(cache_memory="64MiB") as server, Client(server.address) as client:
+        pieces = Pieces()
+        diagnosis = Diagnosis(
+            [prompt_from(prompt, pieces, "") for prompt in prompts],
+            pieces,
+            tokenize=lambda sources: [client.tokenize(source, timeout=20) for source in sources],
+        )
+        report = diagnosis.report
+        assert report.today.share == pytest.approx(send(server, prompts, "today"), abs=0.02)
+        assert report.after.share == pytest.approx(send(server, list(diagnosis.rewritten()), "after"), abs=0.02)
+    assert report.after.share > 0.8 > 0.1 > report.today.share
 
 
 def test_the_estimate_without_a_server_is_close(server: RunningServer, tmp_path: Path) -> None:
@@ -195,8 +211,8 @@ def test_json_has_stable_names(tmp_path: Path) -> None:
     }  # fmt: skip
     (finding,) = found["findings"]
     assert finding.keys() == {
-        "kind", "title", "place", "examples", "prompts", "groups", "variants", "advice", "saved_tokens", "saved_alone",
-        "saved_seconds",
+        "kind", "title", "place", "examples", "prompts", "places", "groups", "variants", "advice", "saved_tokens",
+        "saved_alone", "saved_seconds",
     }  # fmt: skip
     assert finding["place"].keys() == {"prompt", "part", "line", "column", "token"}
     assert finding["examples"][0] == {
