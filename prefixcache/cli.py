@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+# Under these headings `--help` lists the commands.
+SERVER, ASK, LOOK, KEEP = "Server", "Ask", "Look", "Keep and forget"
+
 
 class Commands(TyperGroup):
     """Loads the options of `serve` when it is used, adds those of a connection, and turns errors into one line."""
@@ -114,7 +117,7 @@ def prefixcache(
     """Prefix caching for language models: a prompt pays only for the tokens that are new."""
 
 
-@app.command()
+@app.command(rich_help_panel=SERVER)
 def serve() -> None:
     """Start a server.
 
@@ -122,7 +125,7 @@ def serve() -> None:
     """
 
 
-@app.command()
+@app.command(rich_help_panel=ASK)
 def generate(
     prompt: Prompt = None,
     file: File = None,
@@ -179,7 +182,7 @@ def generate(
         terminal.note(cost(completion))
 
 
-@app.command()
+@app.command(rich_help_panel=ASK)
 def chat(
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
@@ -206,7 +209,7 @@ def chat(
         talk(client, system, options)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def lookup(
     prompt: Prompt = None,
     file: File = None,
@@ -239,7 +242,7 @@ def lookup(
         typer.echo(f"the place: ...{before} <-- cached | not cached --> {after}...")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def stats(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until Ctrl+C, with rates.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,
@@ -294,13 +297,10 @@ def _ticks(interval: float, count: int | None) -> Iterator[None]:
         time.sleep(interval)
 
 
-app.command()(pin)
-app.command()(unpin)
-app.command()(pins)
-app.command()(invalidate)
-app.command()(end_session)
-app.command()(why)
-app.command()(doctor)
-app.command()(warm)
-app.command()(events)
-app.command()(token)
+for panel, commands in (
+    (LOOK, (why, doctor, events)),
+    (KEEP, (warm, pin, unpin, pins, invalidate, end_session)),
+    (SERVER, (token,)),
+):
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
