@@ -91,7 +91,7 @@ def doctor(
     """
     from prefixcache.doctor import DEFAULT_BLOCK_SIZE, Diagnosis, Pieces
 
-    _check(prompts, follow, rewrite)
+    _check(prompts, follow, rewrite, tokenizer)
     pieces = Pieces()
     asking = follow or measure or tokenizer is Tokenizer.SERVER
     with contextlib.ExitStack() as stack:
@@ -125,11 +125,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _check(prompts: list[Path] | None, follow: bool, rewrite: Path | None) -> None:
+def _check(prompts: list[Path] | None, follow: bool, rewrite: Path | None, tokenizer: Tokenizer) -> None:
     if follow == bool(prompts):
         raise typer.BadParameter("name files of prompts, or - for stdin; or --follow a server")
-    if rewrite is not None and follow:
-        raise typer.BadParameter("--rewrite needs the text of prompts, which a server that is followed does not tell")
+    if follow and (rewrite is not None or tokenizer is Tokenizer.SERVER):
+        option = "--rewrite" if rewrite is not None else "--tokenizer server"
+        raise typer.BadParameter(f"{option} needs the text of prompts, which a server that is followed does not tell")
     for place in prompts or []:
         if str(place) != "-" and not place.exists():
             raise typer.BadParameter(f"there is no file {str(place)!r}")

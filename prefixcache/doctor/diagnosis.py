@@ -95,12 +95,17 @@ class Diagnosis:
         self._rewriter = Rewriter(pieces, _names(candidates), self._fixed)
         least = LEAST_SHARE * self._ids
         self._chosen = _Choice(self._estimate, self._groups, least).among(candidates)
+        self._today = self._after = self._outcome(frozenset())
         self._followed = _numbers(self._chosen)
+        if self._chosen:
+            self._after = self._outcome(self._followed)
+        if self._after.computed >= self._today.computed:  # what was estimated is not so
+            self._chosen, self._followed, self._after = [], frozenset(), self._today
 
     @cached_property
     def report(self) -> Report:
         """Everything found, best advice first."""
-        today, after = self._outcome(frozenset()), self._outcome(self._followed)
+        today, after = self._today, self._after
         exact = self._tokenize is not None
         scale = today.tokens / self._ids if exact else self._scale
         findings = [self._finding(candidate, scale) for candidate in self._chosen]

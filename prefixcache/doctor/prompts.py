@@ -22,7 +22,12 @@ from prefixcache.errors import InvalidArgument
 TEXT = "text"
 TOOL = "tool"
 CALLS = "calls"
-ROLES = ("system", "developer", "user", "assistant", "tool")
+FIELDS = {
+    **{role: role for role in ("system", "developer", "user", "assistant")},
+    "tool": "tool result",
+    "function": "tool result",
+}
+"""What the content of a message is called, by the role of who speaks."""
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 Visit = Callable[[str, str], str]
@@ -204,8 +209,8 @@ def _message(message: Any, place: str, visit: Visit) -> Any:
     if not isinstance(message, dict):
         raise InvalidArgument(f"{place} must be an object with role and content, not {_kind_of(message)}")
     changed = dict(message)
-    role = message.get("role")
-    changed["content"] = _content(message.get("content"), role if role in ROLES else "other", visit, place)
+    field = FIELDS.get(str(message.get("role")), "other")
+    changed["content"] = _content(message.get("content"), field, visit, place)
     if message.get("tool_calls"):
         calls = _list(message["tool_calls"], f"{place}.tool_calls")
         changed["tool_calls"] = [_object(call, CALLS, visit) for call in calls]

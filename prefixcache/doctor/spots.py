@@ -229,11 +229,12 @@ class _Frame:
             inserted.update(_insertions(member.blocks))
             if not first.view.arranged and not member.view.arranged:
                 places.update(_unequal_gaps(first, member, different))
-        places = {place for place in places if place < self._end}
-        spaces: dict[int, Counter[tuple[Piece, ...]]] = {place: Counter() for place in places}
-        if places:
+        spaces: dict[int, Counter[tuple[Piece, ...]]] = {
+            place: Counter() for place in sorted(places) if place < self._end
+        }
+        if spaces:
             for member in self._members():
-                for place, gap in self._gaps(member, places):
+                for place, gap in self._gaps(member, spaces):
                     spaces[place][tuple(member.view.pieces[slice(*gap)])] += 1
         ranges = [(place, place + 1) for place in varying]
         ranges += _runs([*(not stable for stable in self._stable[: self._end]), False])

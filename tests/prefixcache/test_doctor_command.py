@@ -259,6 +259,7 @@ def test_prompts_come_from_files_directories_and_stdin(tmp_path: Path) -> None:
         (["--follow", "-"], "name files of prompts, or - for stdin; or --follow a server"),
         (["/no/such/file"], "there is no file '/no/such/file'"),
         (["--follow", "--rewrite", "x"], "--rewrite needs the text of prompts"),
+        (["--follow", "--tokenizer", "server"], "--tokenizer server needs the text of prompts"),
         (["-", "--fail-under", "101"], "--fail-under"),
         (["-", "--rewrite", "/no/such/directory/x"], "cannot be written: No such file"),
     ],

@@ -49,7 +49,7 @@ def test_a_chat_is_read_in_the_order_in_which_models_read_it() -> None:
     """Tools first, then the messages with everything in them, each part under its name."""
     prompt = prompt_from(CHAT, Pieces(), "")
     fields = [piece.kind.removeprefix("field ") for piece in prompt.pieces if piece.is_field]
-    assert fields == ["tool", "system", "user", "user", "assistant", "calls", "tool", "name", "tool_call_id"]
+    assert fields == ["tool", "system", "user", "user", "assistant", "calls", "tool result", "name", "tool_call_id"]
 
 
 def test_a_tool_that_would_be_no_json_stays_as_it_was() -> None:
