@@ -104,3 +104,18 @@ def test_without_a_server_an_example_says_so() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: no answer from 127.0.0.1:1")
     assert "Traceback" not in done.stderr
+
+
+def test_warm_pin_forget(address: str) -> None:
+    """The handbook is warm for the first turn, the first turn for the second, and nothing is left at the end."""
+    output = run("warm_pin_forget.py", "--address", address)
+    ((tokens,),) = counts(rf"^warm +computed: {NUMBER} tokens", output)
+    ((pinned,),) = counts(rf"^pin +{NUMBER} tokens stay", output)
+    assert 0 <= tokens - pinned < 16
+    ((cached, _, kept),) = counts(rf"^first turn +{NUMBER} of {NUMBER} prompt tokens cached; {NUMBER} kept", output)
+    assert cached == tokens and kept > tokens
+    ((again, prompt),) = counts(rf"^second turn +{NUMBER} of {NUMBER} prompt tokens cached", output)
+    assert kept <= again < prompt
+    ((ended,), (freed,)) = (*counts(rf"^end +{NUMBER} blocks", output), *counts(rf"^forget +{NUMBER} blocks", output))
+    assert 0 < ended < freed
+    assert "has been invalidated" in output
