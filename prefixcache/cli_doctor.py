@@ -214,7 +214,7 @@ def _measured_rate(client: Client) -> float:
 
 def _write(path: Path, prompts: Iterable[Any]) -> None:
     try:
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a character, as JSON has it
             for prompt in prompts:
                 file.write(json.dumps(prompt, ensure_ascii=False) + "\n")
     except OSError as error:

@@ -58,15 +58,20 @@ def example(pieces: Sequence[Piece], value: Range) -> Example | None:
     after = "".join([piece.text or "" for piece in pieces[end : min(high, end + _CONTEXT)]])
     text = "".join([piece.text or "" for piece in pieces[start:end]])
     return Example(
-        _cut_front(before.rpartition("\n")[2], _CONTEXT),
-        _cut_back(text, _LONGEST_VALUE),
-        _cut_back(after.partition("\n")[0], _CONTEXT),
+        _writable(_cut_front(before.rpartition("\n")[2], _CONTEXT)),
+        _writable(_cut_back(text, _LONGEST_VALUE)),
+        _writable(_cut_back(after.partition("\n")[0], _CONTEXT)),
     )
 
 
 def _of_tokens(pieces: Sequence[Piece]) -> Example:
     ids = " ".join(str(piece.hash) for piece in pieces)
     return Example("", _cut_back(ids, _LONGEST_VALUE), "")
+
+
+def _writable(text: str) -> str:
+    """Return text without the half characters that JSON can have."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _cut_front(text: str, length: int) -> str:

@@ -57,17 +57,19 @@ class Rewriter:
             return pieces
         notes: list[Piece] = []
         done = 0
+        if moves and plan.end is None:
+            plan.end = _end(pieces)
+        end = plan.end or 0
         for number, edit in sorted(moves, key=lambda move: _outer_first(move[1])):
             if edit.start >= done:
                 done = edit.end
+                end = len(pieces) if edit.start < end < edit.end else end  # the last line is moved as well
                 notes += self._labels[number]
                 notes += pieces[edit.start : edit.end]
                 instead = () if pieces[0].kind == TOKEN else self._placeholders[number]
                 edits.append(edit._replace(instead=instead))
         if notes:
-            if plan.end is None:
-                plan.end = _end(pieces)
-            edits.append(Edit(plan.end, plan.end, self._note(pieces, notes, plan.end)))
+            edits.append(Edit(end, end, self._note(pieces, notes, end)))
         order = arrange(pieces, collections, self._fixed) if collections else range(len(pieces))
         return _edited(pieces, order, edits)
 

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixcache.doctor import Diagnosis, Pieces, Report, prompt_from
+from prefixcache.doctor.rewriting import Plan, Rewriter
+from prefixcache.doctor.spots import Edit
 from prefixcache.errors import InvalidArgument
 from tests.prefixcache.agents import (
     COUNT,
@@ -421,6 +423,27 @@ def test_a_prompt_that_cannot_be_tokenized_is_named() -> None:
 
     with pytest.raises(InvalidArgument, match="prompt 2: too long"):
         _ = diagnose(texts(clock), tokenize=tokenize).report
+
+
+def test_nothing_is_lost_where_edits_meet() -> None:
+    """A range that is moved may contain others, spaces to change, and the last line."""
+    pieces = Pieces()
+    text = pieces.of_text("Now: 2024-11-22  Anna said\nBob:")
+    field = [pieces.field("text"), *text]
+    places = {piece.text: place for place, piece in enumerate(field)}
+    outer = Edit(places["2024-11-22"], places["Bob"] + 1)
+    inner = Edit(places["Anna"], places["Anna"] + 1)
+    spaces = [Edit(places["2024-11-22"], places["2024-11-22"]), Edit(places["  "], places["  "] + 1)]
+    plan = Plan(moves=[(1, inner), (0, outer)], spaces=[(2, edit) for edit in spaces])
+    rewriter = Rewriter(pieces, {0: "text", 1: "name"}, {})
+
+    def rewritten(*advice: int) -> str:
+        return "".join(piece.text or "" for piece in rewriter.rewrite(field, plan, frozenset(advice)))
+
+    assert rewritten() == "Now: 2024-11-22  Anna said\nBob:"
+    assert rewritten(1) == "Now: 2024-11-22  [name] said\n[name]: Anna\n\nBob:"
+    assert rewritten(0, 1, 2) == "Now: [text]:\n\n[text]: 2024-11-22  Anna said\nBob"
+    assert rewritten(1, 2) == "Now: 2024-11-22[name] said\n[name]: Anna\n\nBob:"
 
 
 # Any input

@@ -16,7 +16,7 @@ import structlog
 from prefixcache.client import Client
 from prefixcache.doctor import Diagnosis, Pieces, prompt_from, sendable
 from tests.engine.serving import PaperEngine, RunningServer
-from tests.prefixcache.agents import COUNT, RULES, Front, chats, clock, moment, profile, texts, with_tools
+from tests.prefixcache.agents import COUNT, NAMES, RULES, Front, chats, clock, moment, profile, texts, with_tools
 from tests.prefixcache.test_cli import on_terminal, run, words
 
 
@@ -288,6 +288,15 @@ def test_prompts_are_not_overwritten_by_their_rewriting(tmp_path: Path) -> None:
     result = run("doctor", file, "--rewrite", file, COLUMNS="300")
     assert (result.exit_code, Path(file).read_text()) == (2, before)
     assert "would overwrite" in words(result.stderr)
+
+
+def test_half_characters_are_written_as_json_has_them(tmp_path: Path) -> None:
+    """They are in some recorded prompts; nothing fails because of them."""
+    prompts = texts(lambda n, _: f"Guest {NAMES[n]}\ud83d says:\n")
+    file, rewritten = tmp_path / "prompts.jsonl", tmp_path / "rewritten.jsonl"
+    assert run("doctor", written(file, prompts), "--rewrite", str(rewritten)).exit_code == 0
+    assert json.loads(rewritten.read_text().splitlines()[0]).startswith("Guest [text]\ud83d says:\n")
+    assert report(str(file))["findings"][0]["examples"][0]["after"] == "? says:"
 
 
 def test_the_prefill_rate_can_be_measured(tmp_path: Path) -> None:
