@@ -44,7 +44,7 @@ def doctor(
     prompts: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[PROMPTS]...",
+            metavar="PROMPTS",
             help="Files with a prompt per line (.jsonl), files that are a prompt each, directories of them, or -.",
             show_default=False,
         ),
@@ -86,8 +86,7 @@ def doctor(
 ) -> None:
     """Find what keeps prompts from sharing their beginnings: clocks, ids, names, unsorted keys and the like.
 
-    Says how much of these prompts a prefix cache can reuse today, and after each piece of advice. With --follow, the
-    server tells hashes and kinds of words only, never text.
+    Says how much of them a cache can reuse, today and as advised. With --follow the server tells hashes, never text.
     """
     from prefixcache.doctor import DEFAULT_BLOCK_SIZE, Diagnosis, Pieces
 
