@@ -24,8 +24,9 @@ the same step take, even if these alone take longer than the limit (a busy machi
 large model), and at least MIN_TOKENS of a step.
 
 A background prompt, which nobody waits for, is computed in much shorter steps, since a
-live request that arrives waits for the end of one: at least BACKGROUND_TOKENS in each and
-then for BACKGROUND_SHARE of its time, or, with nobody streaming, up to a limit of its own.
+live request that arrives waits for the end of one: up to a limit of its own, but at least
+BACKGROUND_TOKENS in each. Beside streams only so many steps have a part of it that, taken
+together, the streams are slowed down by BACKGROUND_SHARE.
 
 Pure arithmetic: no clock, no randomness. Planning a step with streams and prompts costs
 some 40 microseconds, observing a step about one.
@@ -48,7 +49,8 @@ SHARE = 0.5
 BACKGROUND_TOKENS = 8
 """The least of a background prompt that a step takes."""
 BACKGROUND_SHARE = 0.25
-"""A background prompt gets so much more time as a share of what a step takes that computes the least of it."""
+"""Streams are slowed down by a background prompt by at most this share; and a step that takes longer than the
+limit with the least of one may take longer by this share."""
 STRETCH = 1 / 8
 """By how large a share a chunk may exceed the plan to end with its prompt or a block."""
 TRUST = 2.0
@@ -74,6 +76,7 @@ class Load:
     prompt_keys: int = 0
     stream_rows: int = 0
     stream_keys: int = 0
+    background: bool = False  # whether the prompt is one that nobody waits for
 
     @property
     def rows(self) -> int:
@@ -121,10 +124,10 @@ class Pace:
     `max_pause` is the limit in seconds for a step with streams, 0 for none; `max_tokens`
     the most tokens of any step, which must leave one to the first prompt of each;
     `block_size` where chunks end when they can. `background_pause` is the limit in
-    seconds for a step with nothing but a background prompt.
+    seconds for a step with a background prompt.
     """
 
-    def __init__(self, max_pause: float, max_tokens: int, block_size: int, background_pause: float = 0.02) -> None:
+    def __init__(self, max_pause: float, max_tokens: int, block_size: int, background_pause: float = 0.01) -> None:
         self._limit = max_pause
         self._background_limit = background_pause
         self._max_tokens = max_tokens
@@ -134,6 +137,7 @@ class Pace:
         self._recent: deque[tuple[Features, float]] = deque(maxlen=RECENT)
         self._costs: list[float] = []  # seconds per feature; empty until a step has been observed
         self._correction = 1.0
+        self._owed = 0.0  # seconds by which a background prompt has slowed down streams beyond its share
         self._fitted = 0  # the number of steps it was fitted to
 
     def chunk(self, load: Load, start: int, rest: int) -> int:
@@ -154,8 +158,12 @@ class Pace:
             return 0  # not worth a chunk
         return self._cut(start, rest, room, most)
 
+    def spares(self, load: Load) -> bool:
+        """Say whether a background prompt may be computed in a step of `load`, which has no other."""
+        return load.rows < self._max_tokens and not (load.stream_rows and self._owed > 0)
+
     def background_chunk(self, load: Load, start: int, rest: int) -> int:
-        """Return what `chunk` does for a background prompt, the only one in a step of `load`; 0 if no row is left."""
+        """Return what `chunk` does for a background prompt, the only one in a step of `load` that spares it time."""
         most = self._max_tokens - load.rows
         room = min(max(self._background_room(load, start), BACKGROUND_TOKENS), most)
         return self._cut(start, rest, room, most)
@@ -184,6 +192,7 @@ class Pace:
             average.add(features, seconds)
         average.last = self._steps
         self._recent.append((features, seconds))
+        self._owe(load, seconds)
 
     def _room(self, load: Load, start: int) -> int:
         """Return how many tokens from position `start` on fit below the limit; may be 0."""
@@ -194,16 +203,23 @@ class Pace:
         return self._room_within(aim, load, start)
 
     def _background_room(self, load: Load, start: int) -> int:
-        """Return how many tokens of a background prompt fit below its limit or into its share; may be 0."""
+        """Return how many tokens of a background prompt fit below its limit; may be 0."""
         if not self._steps:
             return 0
         self._fit()
         _, per_row, _, _ = self._costs
         # Of the least that it takes, so that chunks grow until it shows what a row costs and what a step does.
-        aim = (self._streams_seconds(load) + per_row * BACKGROUND_TOKENS) * (1 + BACKGROUND_SHARE)
-        if not load.stream_rows:
-            aim = max(aim, self._background_limit * AIM / self._correction)
+        least = (self._streams_seconds(load) + per_row * BACKGROUND_TOKENS) * (1 + BACKGROUND_SHARE)
+        aim = max(self._background_limit * AIM / self._correction, least)
         return self._room_within(aim, load, start)
+
+    def _owe(self, load: Load, seconds: float) -> None:
+        """Book by how much longer streams waited in a step because of a background prompt."""
+        if load.background and load.stream_rows and self._costs:
+            alone = min(self._streams_seconds(load) * self._correction, seconds)
+            self._owed += seconds - (1 + BACKGROUND_SHARE) * alone
+        elif load.stream_rows:
+            self._owed = max(self._owed - BACKGROUND_SHARE * seconds, 0.0)
 
     def _streams_seconds(self, load: Load) -> float:
         """What a step would take with nothing but its streams."""

@@ -135,7 +135,7 @@ class Scheduler:
     `max_length` is the model's limit on prompt plus output, `max_batch_tokens` the
     most tokens of one step, `eos` the token ids that end an output. `max_pause` is how
     many seconds a step with prompts may take while anybody decodes, 0 for any, and
-    `background_pause` a step with nothing but a background prompt.
+    `background_pause` a step with a background prompt.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Scheduler:
         max_running: int,
         eos: frozenset[int],
         max_pause: float = 0.0,
-        background_pause: float = 0.02,
+        background_pause: float = 0.01,
     ) -> None:
         if max_batch_tokens < max_running:
             raise InvalidArgument(
@@ -416,6 +416,8 @@ class Scheduler:
         """Add some of a background request to a step without live prompts, of the next one if none has begun."""
         if self._background is not None and self._background.lease is not None and self._background.lease.detached:
             self.abort(self._background, FailedPrecondition("the prompt was invalidated while it was being computed"))
+        if not self._pace.spares(load):
+            return
         if self._background is None:
             self._background = self._next_background(idle=not chunks)
             if self._background is None:
@@ -425,8 +427,8 @@ class Scheduler:
         request = self._background
         start, rest = request.computed, len(request.tokens) - request.computed
         room = (self._pace.chunk if self._hurried else self._pace.background_chunk)(load, start, rest)
-        if room > 0:
-            self._add_chunk(request, room, chunks, load)
+        self._add_chunk(request, room, chunks, load)
+        load.background = True
 
     def _next_background(self, *, idle: bool) -> Request | None:
         """Choose which background request begins, or none; if nothing else runs, fail what can never begin."""
