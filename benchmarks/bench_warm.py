@@ -84,7 +84,8 @@ class Prompts:
         self.system = [self.sequence(SYSTEM_TOKENS) for _ in range(SYSTEM_PROMPTS)]
 
     def sequence(self, length: int) -> list[int]:
-        return [*next(self._pairs), *self._random.choices(range(LOW, HIGH), k=length - 2)]
+        second, first = next(self._pairs)  # the first token changes every time, as far as there are enough
+        return [first, second, *self._random.choices(range(LOW, HIGH), k=length - 2)]
 
     def live(self) -> list[int]:
         return self._random.choice(self.system) + self.sequence(OWN_TOKENS)
