@@ -29,7 +29,8 @@ def run(name: str, *arguments: str) -> str:
 
 def counts(pattern: str, output: str) -> list[tuple[int, ...]]:
     """Return the numbers in each line that `pattern` matches."""
-    return [tuple(int(number.replace(",", "")) for number in row) for row in re.findall(pattern, output, re.MULTILINE)]
+    matches = re.finditer(pattern, output, re.MULTILINE)
+    return [tuple(int(number.replace(",", "")) for number in match.groups()) for match in matches]
 
 
 def test_every_example_is_tested_and_listed() -> None:
