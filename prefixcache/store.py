@@ -218,6 +218,7 @@ class Store:
                 if any(is_under(node, top) for node in (lease.node, *lease._held)):
                     self._tree.acquire(parent)
                     lease._held.append(parent)
+                    space.computing.discard(lease)  # it can add nothing that others could wait for
         unused, in_use = self._tree.cut(top)
         self._pool.free(unused)
         if parent is not None and self._tree.evictable(parent):

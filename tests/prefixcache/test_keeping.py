@@ -127,6 +127,21 @@ def test_a_running_request_on_fixed_terms_finishes_with_what_it_has(cache: Prefi
     assert cache.stats().free == 32
 
 
+def test_nobody_waits_for_what_a_cut_off_request_computes(cache: PrefixCache) -> None:
+    """Its blocks will never be matchable, so another request computes them itself."""
+    tokens = tokens_from(0, 16)
+    lease = cache.match(pack(tokens), terms=Terms(ttl=5, sliding=False))
+    cache.announce(lease, pack(tokens))
+    cache.allocate(lease, 4)
+    cache.commit(lease, pack(tokens[:8]))
+    assert cache.in_flight(pack([*tokens, 1]), beyond=2)
+    cache.tick(5)
+    assert lease.detached
+    assert not cache.in_flight(pack([*tokens, 1]), beyond=0) and not cache.in_flight(pack([*tokens, 1]), beyond=2)
+    lease.release()
+    cache.check()
+
+
 def test_expiry_costs_nothing_to_those_without_a_time(cache: PrefixCache) -> None:
     """Without any time to live there is nothing to look at, and nothing is due."""
     store(cache, tokens_from(0, 8))
