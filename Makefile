@@ -44,6 +44,7 @@ proto-check: proto  ## the generated code is that of proto/
 bench: $(STAMP)  ## the benchmarks of the README, in their quick form
 	@$(BIN)/python -m benchmarks.bench_tree --quick
 	@$(BIN)/python -m benchmarks.bench_ttft --quick
+	@$(BIN)/python -m benchmarks.bench_warm --quick
 
 format: $(STAMP)  ## rewrite the sources as `make lint` wants them
 	@$(BIN)/ruff check --fix .

@@ -218,7 +218,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts to warm in all, at least.", min=1)] = 100,
     length: Annotated[int, typer.Option(help="Tokens of each.", min=2)] = 4096,
     pairs: Annotated[int, typer.Option(help="How often the traffic runs, without and with warming.", min=1)] = 4,
-    requests: Annotated[int, typer.Option(help="Requests each time.", min=1)] = 100,
+    requests: Annotated[int, typer.Option(help="Requests each time.", min=1)] = 300,
     load: Annotated[float, typer.Option(help="Arrivals, as a share of what can be served one by one.", min=0.01)] = 0.5,
     pause: Annotated[int, typer.Option(help="The server's --warm-pause-ms.", min=1)] = 10,
     address: Annotated[str | None, typer.Option(help="A running server instead of one of its own.")] = None,
@@ -262,7 +262,8 @@ def show(found: dict[str, Any], length: int, console: Console) -> None:
     )
     console.print(
         f"p99 of the time to first token, with / without: {found['ratios']['ttft p99']:.2f} "
-        f"(wanted: at most {WANTED}; of each pair: {each})"
+        f"(wanted: at most {WANTED}; of each pair: {each})",
+        soft_wrap=True,
     )
 
 
