@@ -67,6 +67,7 @@ from prefixcache.results import (
     pins_from,
     stats_from,
 )
+from prefixcache.streams import AsyncCall, Call
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
 from prefixcache.warming import AsyncPrompts, AsyncWarming, Prompts, Warming, WarmOptions
 from prefixcache.watch import (
@@ -232,7 +233,7 @@ class Client:
             raise translated(error, self.target) from None
 
 
-class Stream:
+class Stream(Call):
     """An output being generated: iterate over it for its pieces of text.
 
     `started` says what the cache had as soon as the first piece is here. `result` waits
@@ -241,10 +242,8 @@ class Stream:
 
     def __init__(self, method: Any, prompt: Prompt, options: GenerateOptions, target: str) -> None:
         request = generate_request(prompt, options)
-        self._target = target
         self._fold = Fold()
-        self._call = method(request, timeout=options.get("timeout"))
-        self._closed = False
+        super().__init__(method(request, timeout=options.get("timeout")), target)
 
     @property
     def started(self) -> Started | None:
@@ -269,19 +268,6 @@ class Stream:
         for _ in self:
             pass
         return self._fold.completion()
-
-    def close(self) -> None:
-        """Cancel the request if it is not finished. Idempotent."""
-        self._closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 # asyncio
@@ -438,15 +424,13 @@ class AsyncClient:
             raise translated(error, self.target) from None
 
 
-class AsyncStream:
+class AsyncStream(AsyncCall):
     """`Stream` for asyncio."""
 
     def __init__(self, method: Any, prompt: Prompt, options: GenerateOptions, target: str) -> None:
         request = generate_request(prompt, options)
-        self._target = target
         self._fold = Fold()
-        self._call = method(request, timeout=options.get("timeout"))
-        self._closed = False
+        super().__init__(method(request, timeout=options.get("timeout")), target)
 
     @property
     def started(self) -> Started | None:
@@ -477,21 +461,3 @@ class AsyncStream:
         async for _ in self:
             pass
         return self._fold.completion()
-
-    async def close(self) -> None:
-        """Cancel the request if it is not finished. Idempotent."""
-        self._closed = True
-        self._call.cancel()
-
-    def _cancelled_by_close(self) -> bool:
-        """Whether a CancelledError means that another task closed the stream, not that this task is cancelled."""
-        task = asyncio.current_task()
-        return self._closed and not (task is not None and task.cancelling())
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()

@@ -14,14 +14,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Required, Self, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 import grpc
 
 from prefixcache.channel import translated
 from prefixcache.errors import Cancelled, InvalidArgument
 from prefixcache.requests import Prompt, cache_control, prompt_message
+from prefixcache.streams import AsyncCall, Call
 from prefixcache.v1 import cache_pb2
 
 MAX_ID_BYTES = 128
@@ -118,7 +118,7 @@ class _Requests:
         return self._options.get(key) if value is None else value
 
 
-class Warming:
+class Warming(Call):
     """Prompts being warmed: iterate over it for what became of each, in the order in which they are done.
 
     When the iterator of prompts raises, what was sent before is still answered, then the
@@ -127,9 +127,7 @@ class Warming:
 
     def __init__(self, method: Any, prompts: Prompts, options: WarmOptions, target: str) -> None:
         self._requests = _Requests(prompts, options)
-        self._target = target
-        self._closed = False
-        self._call = method(self._sent(prompts), timeout=options.get("timeout"))
+        super().__init__(method(self._sent(prompts), timeout=options.get("timeout")), target)
 
     def __iter__(self) -> Iterator[Warmed]:
         return self
@@ -151,11 +149,6 @@ class Warming:
             raise self._requests.failure
         raise StopIteration
 
-    def close(self) -> None:
-        """Idempotent."""
-        self._closed = True
-        self._call.cancel()
-
     def _sent(self, prompts: Prompts) -> Iterator[cache_pb2.WarmRequest]:
         """Yield the requests, in a thread of gRPC's."""
         try:
@@ -165,16 +158,8 @@ class Warming:
         except Exception as error:  # noqa: BLE001 - raised again by `__next__`
             self._requests.failure = error
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class AsyncWarming:
+class AsyncWarming(AsyncCall):
     """`Warming` for asyncio; prompts may come from an asynchronous iterator, too."""
 
     def __init__(
@@ -185,9 +170,7 @@ class AsyncWarming:
         target: str,
     ) -> None:
         self._requests = _Requests(prompts, options)
-        self._target = target
-        self._closed = False
-        self._call = method(self._sent(prompts), timeout=options.get("timeout"))
+        super().__init__(method(self._sent(prompts), timeout=options.get("timeout")), target)
 
     def __aiter__(self) -> AsyncIterator[Warmed]:
         return self
@@ -213,11 +196,6 @@ class AsyncWarming:
             raise self._requests.failure
         raise StopAsyncIteration
 
-    async def close(self) -> None:
-        """Idempotent."""
-        self._closed = True
-        self._call.cancel()
-
     async def _sent(self, prompts: AsyncPrompts) -> AsyncIterator[cache_pb2.WarmRequest]:
         try:
             if isinstance(prompts, AsyncIterable):
@@ -230,19 +208,6 @@ class AsyncWarming:
                         yield request
         except Exception as error:  # noqa: BLE001 - raised again by `__anext__`
             self._requests.failure = error
-
-    def _cancelled_by_close(self) -> bool:
-        """Whether a CancelledError means that another task ended the warming, not that this task is cancelled."""
-        task = asyncio.current_task()
-        return self._closed and not (task is not None and task.cancelling())
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 _STATES: dict[int, WarmState] = {cache_pb2.WARM_STATE_CACHED: "cached", cache_pb2.WARM_STATE_COMPUTED: "computed"}

@@ -15,13 +15,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 
 from prefixcache.channel import translated
 from prefixcache.errors import Cancelled, InvalidArgument, Unavailable
+from prefixcache.streams import AsyncCall, Call
 from prefixcache.tokens import HASH_BYTES
 from prefixcache.v1 import cache_pb2
 
@@ -133,17 +133,15 @@ def shape_from(message: cache_pb2.WatchPromptsResponse) -> PromptShape:
     return PromptShape(pieces, message.namespace, message.prompt_tokens, message.cached_tokens)
 
 
-class Watching(Generic[T]):
+class Watching(Call, Generic[T]):
     """What a server tells for as long as somebody listens; iterate over it. It does not end by itself.
 
     `close`, or leaving the `with` block, ends the watching.
     """
 
     def __init__(self, call: Any, read: Callable[[Any], T | None], target: str) -> None:
-        self._call = call
+        super().__init__(call, target)
         self._read = read
-        self._target = target
-        self._closed = False
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -159,28 +157,13 @@ class Watching(Generic[T]):
             raise translated(error, self._target) from None
         raise _ended(self._target)
 
-    def close(self) -> None:
-        """Idempotent."""
-        self._closed = True
-        self._call.cancel()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class AsyncWatching(Generic[T]):
+class AsyncWatching(AsyncCall, Generic[T]):
     """`Watching` for asyncio."""
 
     def __init__(self, call: Any, read: Callable[[Any], T | None], target: str) -> None:
-        self._call = call
+        super().__init__(call, target)
         self._read = read
-        self._target = target
-        self._closed = False
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
@@ -199,24 +182,6 @@ class AsyncWatching(Generic[T]):
                 raise Cancelled("the watching was ended") from None
             raise
         raise _ended(self._target)
-
-    async def close(self) -> None:
-        """Idempotent."""
-        self._closed = True
-        self._call.cancel()
-
-    def _cancelled_by_close(self) -> bool:
-        """Whether a CancelledError means that another task ended the watching, not that this task is cancelled."""
-        task = asyncio.current_task()
-        return self._closed and not (task is not None and task.cancelling())
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 class Watch(Watching[CacheEvent]):
