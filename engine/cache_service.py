@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from engine import cache_wire, wire
@@ -13,9 +13,10 @@ from engine.loop import clock
 from engine.quotas import Quota
 from engine.scheduler import Scheduler
 from engine.tenants import PUBLISHED, Caller, tenant_of
-from engine.warming import warm
+from engine.warming import Warmth, warm
 from prefixcache.cache import PrefixCache
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from prefixcache.terms import Terms
 from prefixcache.tokens import pack
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc
 
@@ -52,17 +53,8 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         wanted = cache_wire.read_pin(message, caller)
         prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
         if not wanted.cached_only:
-            remaining = context.time_remaining()
-            deadline = None if remaining is None else clock() + remaining
             with front.computing(context) as quota:
-                await warm(
-                    front,
-                    prompt,
-                    wanted.namespace,
-                    terms=front.terms,
-                    deadline=deadline,
-                    charge=lambda tokens: quota.charge(tokens, clock()),
-                )
+                await self._compute(prompt, wanted.namespace, front.terms, context, quota)
 
         def pin(scheduler: Scheduler) -> cache_pb2.PinResponse:
             cache, packed = scheduler.cache, pack(prompt)
@@ -164,25 +156,30 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
     ) -> cache_pb2.WarmResponse:
         """Warm one prompt of a stream. Raises only what concerns the others as well."""
         front = self._front
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else clock() + remaining
         name, prompt_tokens = cache_wire.warm_name(message, position), None
         try:
             wanted = cache_wire.read_warm(message, front.caller(context).tenant, front.terms)
             prompt = await front.encode(wanted.prompt, front.engine.served.max_length - 1)
             prompt_tokens = len(prompt)
             quota.check(clock())
-            warmth = await warm(
-                front,
-                prompt,
-                wanted.namespace,
-                terms=wanted.terms,
-                deadline=deadline,
-                charge=lambda tokens: quota.charge(tokens, clock()),
-            )
+            warmth = await self._compute(prompt, wanted.namespace, wanted.terms, context, quota)
         except (InvalidArgument, FailedPrecondition, ResourceExhausted) as error:
             return cache_wire.write_not_warmed(name, prompt_tokens, error)
         return cache_wire.write_warmed(name, len(prompt), warmth.cached_tokens, warmth.error)
+
+    async def _compute(
+        self, prompt: Sequence[int], namespace: str, terms: Terms, context: Context, quota: Quota
+    ) -> Warmth:
+        """Have a prompt computed ahead of time, within the call's deadline and at the caller's expense."""
+        remaining = context.time_remaining()
+        return await warm(
+            self._front,
+            prompt,
+            namespace,
+            terms=terms,
+            deadline=None if remaining is None else clock() + remaining,
+            charge=lambda tokens: quota.charge(tokens, clock()),
+        )
 
 
 def _pin_room(scheduler: Scheduler, caller: Caller) -> cache_wire.PinRoom:

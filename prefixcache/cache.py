@@ -73,7 +73,7 @@ class PrefixCache(Keeping):
 
     def lookup(self, packed: bytes, namespace: str = "") -> Found:
         """Say what a match would find. Changes nothing, not even recency. Costs what a match costs."""
-        base, rest, inner = self.parts(packed, namespace) if self._published else (b"", packed, namespace)
+        base, rest, inner = self.parts(packed, namespace)
         space = self._spaces.get(inner) or self._new_space(inner)
         place = self._tree.find(space.root, rest, self._whole_blocks_end(rest))
         found = self._found(place, rest)[0]
@@ -428,7 +428,7 @@ class PrefixCache(Keeping):
         """Hang the rest of a commit below `node`, growing its edge where that changes nothing for others."""
         size = self.block_bytes
         count = (len(packed) - offset) // size
-        allowed = self._make_room(lease.space.account, count) if self._own_queues else count
+        allowed = self._make_room(lease.space.account, count)
         if allowed < count:  # nobody need wait for the rest
             lease.space.computing.discard(lease)
         blocks = lease.blocks[lease.shared : lease.shared + allowed]
@@ -492,7 +492,7 @@ class PrefixCache(Keeping):
                 self._touch(best.node)
                 self._keep(lease, best.node)
             return False
-        if self._own_queues and not self._make_room(lease.space.account, 1):
+        if not self._make_room(lease.space.account, 1):
             return False
         self._drop_superseded_tail(node, tail)
         leaf = self._tree.insert(node, tail, [lease.blocks[lease.shared]])
@@ -525,8 +525,7 @@ class PrefixCache(Keeping):
         self._let_go(lease.node)
         for node in lease._held:
             self._let_go(node)
-        if self._own_queues:
-            self._keep_to_limit(lease.space.account)
+        self._keep_to_limit(lease.space.account)
         self._drop_if_empty(lease.space)
         if lease._base is not None:
             lease._base.release()

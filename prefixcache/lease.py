@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,7 +94,7 @@ class Lease:
         self.source: BlockSource | None = None
         self.cached_tokens, self.reason, self.position, _ = found
         self.terms = terms
-        self.expires = math.inf if terms.ttl is None else cache.now + terms.ttl
+        self.expires = cache.expiry_of(terms)
         self.session: Session | None = None
         self.stored = 0
 

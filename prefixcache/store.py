@@ -145,11 +145,9 @@ class Store:
         return [self._queue] if own is None else [self._queue, own]
 
     def _enqueue(self, leaf: Node) -> None:
-        self._queue.push(leaf)
-        if self._own_queues:
-            assert leaf.space is not None
-            for queue in self._queues(leaf.space.account):
-                queue.push(leaf)
+        assert leaf.space is not None
+        for queue in self._queues(leaf.space.account):
+            queue.push(leaf)
 
     def _dequeue(self, node: Node, account: Account) -> None:
         for queue in self._queues(account):
