@@ -13,10 +13,11 @@ from collections.abc import Callable
 from prefixcache.eviction import EvictionQueue, Policy, lru
 from prefixcache.heap import Heap
 from prefixcache.lease import CacheEvent, Lease, Removed, Stored
+from prefixcache.naming import BlockNames
 from prefixcache.pins import Pin, Pins, is_under
 from prefixcache.pool import BlockPool
 from prefixcache.reasons import MissReason
-from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, root_hash
+from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES
 from prefixcache.tree import Account, Node, RadixTree, Session, Space, SpaceKey
 
 DEFAULT_MEMORY_OF_REMOVED = 32_768
@@ -45,8 +46,7 @@ class Store:
         self.block_size = block_size
         self.block_bytes = block_size * TOKEN_BYTES
         self.listener = listener
-        self._fingerprint = fingerprint
-        self._secret = secret
+        self.names = BlockNames(fingerprint, secret, block_size, shared_namespace)
         self._pool = BlockPool(total_blocks)
         self._tree = RadixTree(block_size)
         self._policy = policy
@@ -97,14 +97,9 @@ class Store:
 
     def _new_space(self, key: SpaceKey) -> Space:
         if isinstance(key, str):
-            return Space(key, self._root_hash(key))
-        # Behind a published prompt the hashes depend on that, and on nothing else of this process.
+            return Space(key, self.names.root(key))
         name, base = key
-        end = chain_hashes(self._root_hash(self.shared_namespace), base, self.block_bytes)[-HASH_BYTES:]
-        return Space(name, root_hash(self._root_hash(name), end), base)
-
-    def _root_hash(self, namespace: str) -> bytes:
-        return root_hash(self._fingerprint, self._secret, namespace.encode(), str(self.block_size).encode())
+        return Space(name, self.names.behind(name, base), base)
 
     def _drop_if_empty(self, space: Space) -> None:
         root = space.root

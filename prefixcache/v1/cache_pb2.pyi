@@ -94,6 +94,7 @@ class LookupResponse(_message.Message):
     ALTERNATIVE_TOKENS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     CACHED_CHARACTERS_FIELD_NUMBER: _builtins.int
+    ELSEWHERE_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Length of the prompt in tokens."""
     cached_tokens: _builtins.int
@@ -112,6 +113,12 @@ class LookupResponse(_message.Message):
     """
     cached_characters: _builtins.int
     """With with_text: how many characters (Unicode code points) of it are cached."""
+    @_builtins.property
+    def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaPrefix]:
+        """What other replicas hold of it, by what they published last; longest first.
+        Those that hold nothing are left out. Empty also if nothing is known of others.
+        """
+
     def __init__(
         self,
         *,
@@ -122,10 +129,11 @@ class LookupResponse(_message.Message):
         alternative_tokens: _builtins.int | None = ...,
         text: _builtins.str | None = ...,
         cached_characters: _builtins.int | None = ...,
+        elsewhere: _abc.Iterable[Global___ReplicaPrefix] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_characters", b"_cached_characters", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "_text", b"_text", "alternative_tokens", b"alternative_tokens", "cached_characters", b"cached_characters", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "prompt_tokens", b"prompt_tokens", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_characters", b"_cached_characters", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "_text", b"_text", "alternative_tokens", b"alternative_tokens", "cached_characters", b"cached_characters", "cached_tokens", b"cached_tokens", "miss_position", b"miss_position", "miss_reason", b"miss_reason", "prompt_tokens", b"prompt_tokens", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens", "_cached_characters", b"_cached_characters", "_cached_tokens", b"_cached_tokens", "_miss_position", b"_miss_position", "_prompt_tokens", b"_prompt_tokens", "_text", b"_text", "alternative_tokens", b"alternative_tokens", "cached_characters", b"cached_characters", "cached_tokens", b"cached_tokens", "elsewhere", b"elsewhere", "miss_position", b"miss_position", "miss_reason", b"miss_reason", "prompt_tokens", b"prompt_tokens", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alternative_tokens: _TypeAlias = _typing.Literal["alternative_tokens"]  # noqa: Y015
     _WhichOneofArgType__alternative_tokens: _TypeAlias = _typing.Literal["_alternative_tokens", b"_alternative_tokens"]  # noqa: Y015
@@ -155,6 +163,36 @@ class LookupResponse(_message.Message):
 Global___LookupResponse: _TypeAlias = LookupResponse  # noqa: Y015
 
 @_typing.final
+class ReplicaPrefix(_message.Message):
+    """A replica that holds the beginning of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Its name."""
+    address: _builtins.str
+    """Where it is reached, as host:port."""
+    cached_tokens: _builtins.int
+    """How many tokens of the prompt it holds, in whole blocks."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cached_tokens", b"cached_tokens", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaPrefix: _TypeAlias = ReplicaPrefix  # noqa: Y015
+
+@_typing.final
 class WarmRequest(_message.Message):
     """One prompt to compute ahead of time."""
 
@@ -163,9 +201,14 @@ class WarmRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A name for it in the response. The position in the stream, from 0, when empty;
     at most 128 bytes.
+    """
+    replicas: _builtins.int
+    """Through a gateway: on how many replicas; all of them if there are fewer. One when
+    0. A server by itself is one replica.
     """
     @_builtins.property
     def prompt(self) -> _prompt_pb2.Prompt:
@@ -183,10 +226,11 @@ class WarmRequest(_message.Message):
         prompt: _prompt_pb2.Prompt | None = ...,
         id: _builtins.str = ...,
         cache: _prompt_pb2.CacheControl | None = ...,
+        replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "id", b"id", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "id", b"id", "prompt", b"prompt", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -204,6 +248,7 @@ class WarmResponse(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Its name, as given."""
     state: Global___WarmState.ValueType
@@ -216,6 +261,10 @@ class WarmResponse(_message.Message):
     """How many have been computed."""
     error: _builtins.str
     """Why it failed."""
+    replicas: _builtins.int
+    """Through a gateway: on how many replicas it is cached now. With several, `state`
+    and the counts are those of the one that had to compute most, or of one that failed.
+    """
     def __init__(
         self,
         *,
@@ -225,10 +274,11 @@ class WarmResponse(_message.Message):
         cached_tokens: _builtins.int | None = ...,
         computed_tokens: _builtins.int | None = ...,
         error: _builtins.str = ...,
+        replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "error", b"error", "id", b"id", "prompt_tokens", b"prompt_tokens", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_computed_tokens", b"_computed_tokens", "_prompt_tokens", b"_prompt_tokens", "cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "error", b"error", "id", b"id", "prompt_tokens", b"prompt_tokens", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
@@ -673,6 +723,7 @@ class GetStatsResponse(_message.Message):
     MISS_REASONS_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
     sessions: _builtins.int
     """Sessions that have not ended."""
     @_builtins.property
@@ -698,6 +749,10 @@ class GetStatsResponse(_message.Message):
     def uptime(self) -> _duration_pb2.Duration:
         """Time since the server started serving."""
 
+    @_builtins.property
+    def hints(self) -> Global___HintStats:
+        """What is published for other replicas; absent if nothing is."""
+
     def __init__(
         self,
         *,
@@ -707,14 +762,55 @@ class GetStatsResponse(_message.Message):
         miss_reasons: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         uptime: _duration_pb2.Duration | None = ...,
         sessions: _builtins.int = ...,
+        hints: Global___HintStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "requests", b"requests", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "hints", b"hints", "requests", b"requests", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "miss_reasons", b"miss_reasons", "requests", b"requests", "sessions", b"sessions", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "hints", b"hints", "miss_reasons", b"miss_reasons", "requests", b"requests", "sessions", b"sessions", "tokens", b"tokens", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class HintStats(_message.Message):
+    """Hints in Redis: what this replica says of its cache, for others to find."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    CURRENT_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    REPUBLISHED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Its name."""
+    current: _builtins.bool
+    """Whether all that is cached is known there, but for the last moments."""
+    blocks: _builtins.int
+    """Blocks that are known there."""
+    republished: _builtins.int
+    """How often everything was published anew, so far: after a failure, a restart or a
+    flush of Redis.
+    """
+    error: _builtins.str
+    """Why nothing can be published now; empty if it can."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        current: _builtins.bool = ...,
+        blocks: _builtins.int = ...,
+        republished: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "current", b"current", "error", b"error", "replica_id", b"replica_id", "republished", b"republished"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HintStats: _TypeAlias = HintStats  # noqa: Y015
 
 @_typing.final
 class BlockStats(_message.Message):
