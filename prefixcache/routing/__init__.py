@@ -1,0 +1,1 @@
+"""Which replica gets a request: policies, what a router remembers, and the router itself."""
