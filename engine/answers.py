@@ -1,6 +1,7 @@
 """What every call passes through: who calls is found out, its messages are read, its errors become statuses.
 
-In that order, so that nothing is done for a caller who is not known, not even reading.
+In that order, so that nothing is done for a caller who is not known, not even reading. Every
+answer, also an error, says which replica it comes from, if this one has a name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from grpc_health.v1 import health
 from engine import wire
 from engine.front import Context, Front
 from prefixcache.errors import Internal, PrefixCacheError
+from prefixcache.results import REPLICA
 
 # Load balancers and probes ask, and are told nothing but whether the server serves.
 OPEN = f"/{health.SERVICE_NAME}/"
@@ -56,6 +58,7 @@ class _Call:
 
     async def answer(self, data: Any, context: Context) -> Any:
         """Return the one response."""
+        context.set_trailing_metadata(self._signature)
         try:
             return await self._handle(self._admitted(data, context), context)
         except Exception as error:  # noqa: BLE001 - becomes a status, or is raised again
@@ -63,6 +66,7 @@ class _Call:
 
     async def answer_streaming(self, data: Any, context: Context) -> None:
         """Write the responses, of a handler that writes them itself or yields them."""
+        context.set_trailing_metadata(self._signature)
         try:
             responses = self._handle(self._admitted(data, context), context)
             if hasattr(responses, "__aiter__"):
@@ -72,6 +76,10 @@ class _Call:
                 await responses
         except Exception as error:  # noqa: BLE001 - becomes a status, or is raised again
             await self._refuse(context, error)
+
+    @property
+    def _signature(self) -> tuple[tuple[str, str], ...]:
+        return ((REPLICA, self._front.replica_id),) if self._front.replica_id else ()
 
     def _admitted(self, data: Any, context: Context) -> Any:
         """Return the request, or the iterator of requests, of a caller who may call."""
@@ -100,4 +108,4 @@ class _Call:
             log.error("a call failed because of a bug", exc_info=error, method=self._method)
             error = Internal("the server has a bug; its log says more")
         status = wire.status_of(error)
-        await context.abort(status.code, status.details, status.trailing_metadata)
+        await context.abort(status.code, status.details, (*self._signature, *status.trailing_metadata))

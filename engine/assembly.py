@@ -15,6 +15,7 @@ from engine.loop import EngineLoop
 from engine.model import DTYPES, LoadedModel, from_pretrained_model, load_model, resolve_device
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.secret import read_secret
 from engine.tenants import PUBLISHED, tenant_of
 from engine.tokenizer import Tokenizer
 from engine.wire import ServedModel
@@ -26,9 +27,10 @@ OnDeath = Callable[[BaseException], None]
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine that is warmed up but not started; `loop.start()` starts it."""
+    """An engine that is warmed up but not started; `loop.start()` starts it, and then its thread owns the cache."""
 
     loop: EngineLoop
+    cache: PrefixCache
     tokenizer: Tokenizer
     served: ServedModel
     blocks: int
@@ -54,6 +56,7 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
         config.block_size,
         policy=POLICIES[config.eviction],
         fingerprint=bytes.fromhex(fingerprint),
+        secret=read_secret(config.secret_file),
         account_of=tenant_of,
         shared_namespace=PUBLISHED,
         pin_share=config.max_pinned_percent / 100,
@@ -81,7 +84,7 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
         fingerprint=fingerprint,
     )
     loop = EngineLoop(scheduler, runner, max_queue=config.max_queue, on_death=on_death)
-    return Engine(loop, tokenizer, served, blocks, geometry.bytes_per_block(config.block_size))
+    return Engine(loop, cache, tokenizer, served, blocks, geometry.bytes_per_block(config.block_size))
 
 
 def _load(config: EngineConfig) -> tuple[LoadedModel, Tokenizer]:

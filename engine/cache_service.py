@@ -34,7 +34,8 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
         ids = await self._front.encode(prompt)
         found = await self._front.ask(lambda scheduler: scheduler.lookup(ids, namespace))
         place = await self._front.locate(prompt, found.cached_tokens) if message.with_text else None
-        return cache_wire.write_found(len(ids), found, place)
+        elsewhere = await self._front.elsewhere(ids, namespace)
+        return cache_wire.write_found(len(ids), found, place, elsewhere)
 
     async def GetStats(self, message: cache_pb2.GetStatsRequest, context: Context) -> cache_pb2.GetStatsResponse:
         engine = self._front.engine
@@ -46,6 +47,7 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
             block_size=engine.served.block_size,
             bytes_per_block=engine.bytes_per_block,
             uptime=self._front.uptime,
+            hints=self._front.hints.status if caller.admin else None,
         )
 
     async def Pin(self, message: cache_pb2.PinRequest, context: Context) -> cache_pb2.PinResponse:

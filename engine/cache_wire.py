@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.feed import Numbered, Snapshot, SnapshotEnd
+from engine.hints import HintStatus, Holder
 from engine.scheduler import EngineStats
 from engine.shapes import Shape
 from engine.tenants import PUBLISHED, Caller, suffix_of
@@ -29,8 +30,13 @@ from prefixcache.terms import Terms
 from prefixcache.v1 import cache_pb2
 
 
-def write_found(prompt_tokens: int, found: Found, place: Place | None) -> cache_pb2.LookupResponse:
-    """Return what was found of a prompt; `place` is where the cached part ends in its text, if that was asked for."""
+def write_found(
+    prompt_tokens: int, found: Found, place: Place | None, elsewhere: Iterable[Holder]
+) -> cache_pb2.LookupResponse:
+    """Return what was found of a prompt, here and `elsewhere`.
+
+    `place` is where the cached part ends in its text, if that was asked for.
+    """
     return cache_pb2.LookupResponse(
         prompt_tokens=prompt_tokens,
         cached_tokens=found.cached_tokens,
@@ -39,6 +45,10 @@ def write_found(prompt_tokens: int, found: Found, place: Place | None) -> cache_
         alternative_tokens=found.alternative or None,
         text=None if place is None else place.text,
         cached_characters=None if place is None else place.characters,
+        elsewhere=[
+            cache_pb2.ReplicaPrefix(replica_id=name, address=address, cached_tokens=tokens)
+            for name, address, tokens in elsewhere
+        ],
     )
 
 
@@ -207,9 +217,9 @@ def write_shape(shape: Shape) -> cache_pb2.WatchPromptsResponse:
 
 
 def write_stats(
-    stats: EngineStats, *, block_size: int, bytes_per_block: int, uptime: float
+    stats: EngineStats, *, block_size: int, bytes_per_block: int, uptime: float, hints: HintStatus | None
 ) -> cache_pb2.GetStatsResponse:
-    """Return a snapshot; `uptime` is in seconds."""
+    """Return a snapshot; `uptime` is in seconds, `hints` what is published, if it is and the caller may know."""
     blocks, totals = stats.cache, stats.totals
     return cache_pb2.GetStatsResponse(
         blocks=cache_pb2.BlockStats(
@@ -246,4 +256,13 @@ def write_stats(
         miss_reasons={reason.value: count for reason, count in totals.miss_reasons.items()},
         uptime=duration(uptime),
         sessions=blocks.sessions,
+        hints=None
+        if hints is None
+        else cache_pb2.HintStats(
+            replica_id=hints.replica_id,
+            current=hints.publisher.current,
+            blocks=hints.publisher.blocks,
+            republished=hints.publisher.republished,
+            error=hints.publisher.error,
+        ),
     )

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prefixcache.errors import InvalidArgument
 from prefixcache.eviction import POLICIES
+from prefixcache.hints.schema import DEFAULT_DEPLOYMENT, DEFAULT_PREFIX, checked_name
 from prefixcache.hosts import is_loopback
 
 ENV_PREFIX = "PREFIXCACHE_"
@@ -31,6 +32,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?:(?P<unit>[kmgt]?i?)b?)", re.IGNORECASE)
 _SHARE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*%")
+_HOST_PORT = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
+_PREFIX = re.compile(r"[!-z|~]{1,64}")  # what can be seen, without braces
 
 
 def _cores() -> int:
@@ -193,6 +196,38 @@ class EngineConfig(BaseModel):
         description="Share of the cache that pins may hold. The rest is always there for requests, so it also bounds "
         "the longest prompt.",
     )
+    redis: str = Field(
+        default="",
+        description="URL of a Redis server (redis://, rediss://, redis+cluster://, redis+sentinel://, unix://) through "
+        "which replicas and `prefixcache route` learn what this one has cached. It may hold a user and a password; "
+        "better then to set it as PREFIXCACHE_REDIS, which other users of this machine do not see.",
+    )
+    advertise: str = Field(
+        default="",
+        description="host:port under which other machines reach this server, for --redis. Not needed if it accepts "
+        "connections from this machine only.",
+    )
+    replica_id: str = Field(
+        default="",
+        description="Name of this server among its replicas; every answer carries it. With --redis, it is made from "
+        "the machine's name and the port if it is not given.",
+    )
+    deployment: str = Field(
+        default=DEFAULT_DEPLOYMENT,
+        description="Replicas find each other's prompts if they have the same deployment, model and block size.",
+    )
+    redis_prefix: str = Field(default=DEFAULT_PREFIX, description="What all keys in Redis begin with.")
+    secret_file: str = Field(
+        default="",
+        description="File with the secret of the deployment, at least 16 bytes, the same on all replicas. It enters "
+        "the hashes by which blocks are named, so that they tell nobody else which prompts they stand for.",
+    )
+    lease_seconds: float = Field(
+        default=12.0,
+        ge=2,
+        le=300,
+        description="How long other replicas believe in this one, in seconds, after they last heard of it in Redis.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least severe message that is logged. 'debug' has a line per request."
     )
@@ -222,6 +257,42 @@ class EngineConfig(BaseModel):
                 raise ValueError("the size must be above 0")
             return text
         raise ValueError("give bytes, such as '512MiB' or '2GB', a share, such as '40%', or 'auto'")
+
+    @field_validator("advertise")
+    @classmethod
+    def _reachable(cls, value: str) -> str:
+        match = _HOST_PORT.fullmatch(value)
+        if value and (match is None or not 0 < int(match["port"]) < 65536):
+            raise ValueError("give host:port, such as 10.0.0.7:50051")
+        return value
+
+    @field_validator("redis_prefix")
+    @classmethod
+    def _usable_prefix(cls, value: str) -> str:
+        if not _PREFIX.fullmatch(value):
+            raise ValueError("it must be 1 to 64 ASCII characters without spaces and braces")
+        return value
+
+    @model_validator(mode="after")
+    def _known_to_others(self) -> Self:
+        checked_name(self.deployment, "deployment")
+        if self.replica_id:
+            checked_name(self.replica_id, "replica_id")
+        if not self.redis:
+            if self.advertise:
+                raise ValueError("advertise is how replicas are found through Redis: give redis as well, or neither")
+            return self
+        if not self.advertise and not is_loopback(self.host):
+            raise ValueError(
+                f"other replicas must know how to reach this server, and {self.host} does not say: give advertise, "
+                "such as 10.0.0.7:50051"
+            )
+        if self.tenants and not self.secret_file:
+            raise ValueError(
+                "with tenants, redis needs secret_file: without a secret, whoever can read Redis could find out "
+                "whether a tenant has sent a prompt, by trying"
+            )
+        return self
 
     @model_validator(mode="after")
     def _safe_way_for_tokens(self) -> Self:

@@ -10,7 +10,8 @@ for a while, for those who come back.
                       steps and posted as well, which is its place among the changes
     event loop        what was posted is numbered in its order, and watchers are woken
 
-The cache has a listener only while there is a channel, since hashes cost time.
+The cache has a listener only while there is a channel, or one who hears everything, since
+hashes cost time.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Feed:
         self._closed = False
         # From here on for the engine's thread as well.
         self._heard: frozenset[str] = frozenset()
+        self._hears_all: Callable[[CacheEvent], None] | None = None
         self._posted: deque[tuple[str, CacheEvent | Watcher]] = deque()
         self._woken = False
 
@@ -158,6 +160,11 @@ class Feed:
 
     # On the engine's thread
 
+    def hear_all(self, cache: PrefixCache, listener: Callable[[CacheEvent], None]) -> None:
+        """Tell one listener of every change from now on, whosever it is, on the engine's thread, as it happens."""
+        self._hears_all = listener
+        cache.listener = self._listen
+
     def _join(self, cache: PrefixCache, tenant: str, watcher: Watcher) -> None:
         self._heard |= {tenant}
         cache.listener = self._listen
@@ -166,10 +173,14 @@ class Feed:
 
     def _leave(self, cache: PrefixCache, tenant: str) -> None:
         self._heard -= {tenant}
-        if not self._heard:
+        if not self._heard and self._hears_all is None:
             cache.listener = None
 
     def _listen(self, event: CacheEvent) -> None:
+        if self._hears_all is not None:
+            self._hears_all(event)
+        if not self._heard:
+            return
         tenant = tenant_of(event.namespace)
         if tenant in self._heard:
             self._post(tenant, event)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.events import EventBridge
 from engine.feed import Feed
 from engine.gate import Gate
+from engine.hints import Hints, Holder
 from engine.loop import clock
 from engine.quotas import Quota
 from engine.scheduler import Scheduler
@@ -24,8 +25,11 @@ from engine.tenants import Caller
 from engine.tokenizer import Place, Prompt
 from prefixcache.errors import Unauthenticated, Unavailable
 from prefixcache.terms import Terms
+from prefixcache.tokens import pack
 
 TOKENIZER_THREADS = 2
+LONG_PROMPT = 2048
+"""Tokens from which on a prompt's blocks are named off the event loop."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
@@ -42,6 +46,8 @@ class Front:
         self.shapes = Shapes(asyncio.get_running_loop())
         self.stream_interval = config.stream_interval_ms / 1000
         self.gate = Gate(config.tenants, certificates=bool(config.tls_client_ca))
+        self.hints = Hints(config, self.feed)
+        self.replica_id = config.replica_id
         self.active = 0
         self.terms = Terms(ttl=config.default_ttl_seconds or None, sliding=config.ttl_mode == "sliding")
         self._engine: Engine | None = None
@@ -101,6 +107,21 @@ class Front:
         """Find where in a prompt's text its first `tokens` tokens end, off the event loop."""
         tokenizer = self.engine.tokenizer
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenizer.locate, prompt, tokens)
+
+    async def hashes(self, ids: Sequence[int], namespace: str) -> bytes:
+        """Return the hashes of the blocks of a prompt that a request could reuse, 16 bytes each."""
+        cache = self.engine.cache
+
+        def name() -> bytes:
+            return cache.names.of(pack(ids), namespace, cache.published)
+
+        if len(ids) < LONG_PROMPT:
+            return name()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, name)
+
+    async def elsewhere(self, ids: Sequence[int], namespace: str) -> list[Holder]:
+        """Return which other replicas hold how much of a prompt, longest first; nothing if it is not known."""
+        return await self.hints.elsewhere(await self.hashes(ids, namespace)) if self.hints.used else []
 
     async def ask(self, function: Callable[[Scheduler], T]) -> T:
         """Run `function` on the engine's thread between two steps, and return what it returns."""

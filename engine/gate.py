@@ -14,10 +14,10 @@ import grpc
 import structlog
 
 from engine.authentication import Directory, Tenant, bearer_token, nobody, read_tenants
-from engine.files import Signature, signature
 from engine.quotas import Quota
 from engine.tenants import ANONYMOUS, Caller
 from prefixcache.errors import InvalidArgument, Unauthenticated
+from prefixcache.files import Signature, signature
 
 REPORT_SECONDS = 60.0
 

@@ -75,8 +75,10 @@ class Generation(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(
         self, message: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
+        namespace = wire.read_namespace(self._front.caller(context).tenant, message.namespace, "namespace")
         ids = await self._front.encode(wire.read_prompt(message.prompt))
-        return wire.write_tokens(ids)
+        hashes = await self._front.hashes(ids, namespace) if message.with_block_hashes else b""
+        return wire.write_tokens(ids, hashes, with_ids=not message.without_token_ids)
 
     async def GetModel(
         self, message: generation_pb2.GetModelRequest, context: Context

@@ -20,7 +20,8 @@ from typing import Protocol, TypeVar
 
 from engine.request import Event, Failed, Finished, Request, Sampled
 from engine.scheduler import Scheduler, Step
-from prefixcache.errors import PrefixCacheError, ResourceExhausted, Unavailable
+from prefixcache.errors import QUEUE_FULL, PrefixCacheError, ResourceExhausted, Unavailable
+from prefixcache.hints.schema import Load
 
 T = TypeVar("T")
 
@@ -106,6 +107,7 @@ class EngineLoop:
                     f"the queue is full ({self._live} requests are waiting or running): "
                     f"try again in {wait:.2f} seconds",
                     retry_after=wait,
+                    reason=QUEUE_FULL,
                 )
             request.sink = sink
             self._open.add(request)
@@ -151,6 +153,10 @@ class EngineLoop:
         """Whether every request accepted has ended."""
         with self._lock:
             return not self._open
+
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._scheduler.load()
 
     @property
     def background(self) -> int:

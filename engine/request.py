@@ -178,7 +178,8 @@ class Request:
     A `background` request only puts its prompt into the cache: all of its tokens are
     computed, none is sampled, and requests that somebody waits for go first. `terms` say
     how what it uses and stores is kept, `keep_for` for how many seconds its session's
-    blocks are kept from eviction when it has finished.
+    blocks are kept from eviction when it has finished. `cached_before` tokens of the
+    prompt were cached when it was submitted.
     """
 
     id: str
@@ -210,10 +211,16 @@ class Request:
     admitted_at: float = 0.0
     first_token_at: float | None = None
     prefill_seconds: float = 0.0
+    cached_before: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.packed = pack(self.tokens)
+
+    @property
+    def uncomputed(self) -> int:
+        """How many tokens still have to be computed before the next one is sampled, as far as is known."""
+        return max(len(self.tokens) - max(self.computed, self.cached_before), 0)
 
     @property
     def output(self) -> list[int]:

@@ -55,6 +55,7 @@ from prefixcache.errors import (
     PrefixCacheError,
     ResourceExhausted,
 )
+from prefixcache.hints.schema import Load as ReplicaLoad
 from prefixcache.lease import Found, Lease, OutOfBlocks
 from prefixcache.reasons import MissReason
 from prefixcache.tokens import TOKEN_BYTES, pack
@@ -204,6 +205,7 @@ class Scheduler:
             wanted = self._max_length if params.max_tokens is None else len(request.prompt) + params.max_tokens
             # The last token's keys and values are never needed, hence one more than the pool holds.
             request.max_length = min(wanted, self._max_length, self._pool_tokens + 1)
+            request.cached_before = self._cached_tokens(request)
             self._waiting.append(request)
         if request.deadline is not None:
             alive = len(self._waiting) + len(self._running) + len(self._later) + 1
@@ -264,6 +266,19 @@ class Scheduler:
         background = sum(request.background for request in running)
         return EngineStats(
             self.cache.stats(tenant), len(waiting), len(running) - background, len(later) + background, totals
+        )
+
+    def load(self) -> ReplicaLoad:
+        """How busy this is, for other replicas. Callable from any thread, also in the middle of a step."""
+        waiting, running = list(self._waiting), list(self._running)
+        return ReplicaLoad(
+            running=len(running),
+            waiting=len(waiting),
+            waiting_tokens=sum(left for request in waiting + running if (left := request.uncomputed) > 1),
+            free=self.cache.free_blocks,
+            cached=self.cache.evictable_blocks,
+            prompt_tokens=self._totals.prompt_tokens,
+            cached_tokens=self._totals.cached_tokens,
         )
 
     # The step

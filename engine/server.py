@@ -22,7 +22,6 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine import logs, tls
 from engine.answers import Answers
 from engine.assembly import Engine, OnDeath, load_engine
 from engine.cache_service import Cache
@@ -31,6 +30,7 @@ from engine.front import Front
 from engine.generation_service import Generation
 from engine.scheduler import Scheduler
 from engine.warm_start import WarmStart
+from prefixcache import logs, tls
 from prefixcache.errors import FailedPrecondition, Unavailable
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -97,8 +97,10 @@ class Server:
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.front.gate.open()
+        self.front.hints.open()
         self._warm_start.check()
         self._open_port()
+        self.front.replica_id = self.front.hints.name(self.port)
         await self._grpc.start()
         running = asyncio.get_running_loop()
 
@@ -113,6 +115,7 @@ class Server:
         if self._config.tenants:
             self._following = asyncio.create_task(self._follow_tenants())
         await self._warm_start.before_serving()
+        await self.front.hints.start(engine.loop, engine.served, engine.blocks, self.port)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         self._warm_start.go_on()
         tokens = engine.blocks * engine.served.block_size
@@ -127,6 +130,7 @@ class Server:
             max_length=engine.served.max_length,
             tls=bool(self._config.tls_certificate),
             tenants=len(self.front.gate.tenants),
+            **({"replica": self.front.replica_id} if self.front.replica_id else {}),
         )
 
     async def drain(self, seconds: float) -> bool:
@@ -134,6 +138,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         if self.front.loaded is None:
             return True
+        self.front.hints.drain()
         self.front.loaded.loop.drain()
         await self.front.wait_for_callers(seconds)
         return not self.front.active
@@ -142,6 +147,7 @@ class Server:
         """End everything now: requests in progress get UNAVAILABLE. Idempotent."""
         await self._health.enter_graceful_shutdown()
         await self._warm_start.end()
+        await self.front.hints.stop()
         if self.front.loaded is not None:
             await asyncio.to_thread(self.front.loaded.loop.stop)
         self.front.feed.close()
@@ -163,7 +169,9 @@ class Server:
             await self._limit_tenants(gone)
 
     def _open_port(self) -> None:
-        credentials = tls.server_credentials(self._config)
+        credentials = tls.server_credentials(
+            self._config.tls_certificate, self._config.tls_key, self._config.tls_client_ca
+        )
         try:
             if credentials is None:
                 self.port = self._grpc.add_insecure_port(self.address)
@@ -215,7 +223,7 @@ async def serve(config: EngineConfig, load: Load = load_engine) -> int:
     The first signal drains; the second, or one while the model is being loaded, ends the
     process at once. SIGHUP reads the file of tenants again. Raises what `Server.start` raises.
     """
-    logs.configure(config)
+    logs.configure(config.log_level, config.log_format)
     server = Server(config, load)
     asked = asyncio.Event()
     ready = False

@@ -21,7 +21,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from engine.request import Finished, FinishReason, Sampled, SamplingParams, Started
 from engine.tenants import namespace_key
 from engine.tokenizer import Chat, Prompt
-from prefixcache.errors import InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
+from prefixcache.errors import REASON_DOMAIN, InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
 from prefixcache.reasons import MissReason
 from prefixcache.terms import DEFAULT_TERMS, MAX_PRIORITY, Terms
 from prefixcache.v1 import generation_pb2, prompt_pb2
@@ -299,8 +299,10 @@ def write_finished(finished: Finished, stop: str | None = None) -> generation_pb
     )
 
 
-def write_tokens(ids: Sequence[int]) -> generation_pb2.TokenizeResponse:
-    return generation_pb2.TokenizeResponse(token_ids=ids)
+def write_tokens(ids: Sequence[int], hashes: bytes, *, with_ids: bool) -> generation_pb2.TokenizeResponse:
+    return generation_pb2.TokenizeResponse(
+        token_ids=ids if with_ids else (), block_hashes=hashes, prompt_tokens=len(ids)
+    )
 
 
 def write_model(served: ServedModel) -> generation_pb2.GetModelResponse:
@@ -347,12 +349,14 @@ class Status:
 
 
 def status_of(error: PrefixCacheError) -> Status:
-    """Return the status an error travels as, with RetryInfo if it says when to try again."""
+    """Return the status an error travels as, with RetryInfo if it says when to try again, and ErrorInfo if it says why."""
     details = _shortened(str(error), MAX_STATUS_CHARACTERS)
     trailing: tuple[tuple[str, bytes], ...] = ()
     if isinstance(error, ResourceExhausted) and error.retry_after is not None:
         status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=details)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after)))
+        if error.reason:
+            status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=REASON_DOMAIN))
         trailing = ((STATUS_DETAILS, status.SerializeToString()),)
     return Status(grpc.StatusCode[error.status], details, trailing)
 

@@ -222,7 +222,7 @@ def lookup(
 
     Nothing is computed, and nothing in the cache changes.
     """
-    from prefixcache.explain import around, sentence
+    from prefixcache.explain import around, elsewhere, sentence
     from prefixcache.reasons import MissReason
 
     text = read_prompt(prompt, file)
@@ -240,6 +240,8 @@ def lookup(
         place = around(found.text, found.cached_characters)
         before, after = (terminal.safe(json.dumps(part, ensure_ascii=False)[1:-1]) for part in place)
         typer.echo(f"the place: ...{before} <-- cached | not cached --> {after}...")
+    for other in elsewhere(found):
+        typer.echo(terminal.safe(other))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -60,7 +60,7 @@ def why(
 
     Nothing is computed, and nothing in the cache changes.
     """
-    from prefixcache.explain import advice, place_in, sentence, varying_at
+    from prefixcache.explain import advice, elsewhere, place_in, sentence, varying_at
     from prefixcache.reasons import MissReason
 
     prompt = _read(file, messages)
@@ -97,6 +97,8 @@ def why(
     share = terminal.percent(cached, total)
     console.print(f"{cached:,} of {total:,} prompt tokens are cached ({share}).", style="bold", soft_wrap=True)
     console.print(_as_sentence(sentence(found)), soft_wrap=True)
+    for other in elsewhere(found):
+        console.print(terminal.safe(_as_sentence(other)), soft_wrap=True)
     if varying is not None and found.text is not None:
         shown = terminal.safe(found.text[varying.start : varying.end])
         console.print(f"What stands there tends to change: {shown} ({varying.what})", soft_wrap=True)

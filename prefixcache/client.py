@@ -249,6 +249,11 @@ class Stream(Call):
     def started(self) -> Started | None:
         return self._fold.started
 
+    @property
+    def replica(self) -> str | None:
+        """Which replica has answered, once the stream has ended; None if it did not say."""
+        return self._fold.replica
+
     def __iter__(self) -> Iterator[str]:
         return self
 
@@ -257,6 +262,7 @@ class Stream(Call):
             for response in self._call:
                 if text := self._fold.add(response):
                     return text
+            self._fold.sign(self._call.trailing_metadata())
         except grpc.RpcError as error:
             if self._closed:
                 raise Cancelled("the stream was closed before its end") from None
@@ -436,6 +442,11 @@ class AsyncStream(AsyncCall):
     def started(self) -> Started | None:
         return self._fold.started
 
+    @property
+    def replica(self) -> str | None:
+        """Which replica has answered, once the stream has ended; None if it did not say."""
+        return self._fold.replica
+
     def __aiter__(self) -> AsyncIterator[str]:
         return self
 
@@ -448,6 +459,7 @@ class AsyncStream(AsyncCall):
             while (response := await self._call.read()) is not grpc.aio.EOF:
                 if text := self._fold.add(response):
                     return text
+            self._fold.sign(await self._call.trailing_metadata())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
         except asyncio.CancelledError:

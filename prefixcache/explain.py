@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from prefixcache.reasons import MissReason
 
 if TYPE_CHECKING:  # only for its types: the results come with protobuf, which takes time to import
-    from prefixcache.results import Completion
+    from prefixcache.results import Completion, Lookup
 
 CONTEXT_CHARACTERS = 32
 SIGHT_CHARACTERS = 400
@@ -83,6 +83,14 @@ def sentence(miss: Miss) -> str:
             return "the request asked for the cache not to be read"
         case None:
             return "the server did not say why"
+
+
+def elsewhere(found: Lookup) -> list[str]:
+    """Return what other replicas hold of a prompt, a clause for each."""
+    return [
+        f"replica {other.replica_id} at {other.address} holds {other.cached_tokens:,} of the {found.prompt_tokens:,}"
+        for other in found.elsewhere
+    ]
 
 
 def cost(completion: Completion) -> str:

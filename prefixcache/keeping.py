@@ -107,7 +107,7 @@ class Keeping(Published):
         if pinned.limit is not Limit.NOTHING or not pinned.tokens:
             self.unpin(self.shared_namespace, name)
             return Pinned(0, pinned.limit)
-        self._published[name] = packed[: pinned.tokens * TOKEN_BYTES]
+        self._published = {**self._published, name: packed[: pinned.tokens * TOKEN_BYTES]}
         return pinned
 
     def unpublish(self, name: str) -> bool:
@@ -115,9 +115,10 @@ class Keeping(Published):
 
         Returns whether there was one.
         """
-        base = self._published.pop(name, None)
+        base = self._published.get(name)
         if base is None:
             return False
+        self._withdraw(name)
         self.unpin(self.shared_namespace, name)
         if base not in self._published.values():
             self._forget_spaces([space for space in self._spaces.values() if space.base == base])
@@ -389,7 +390,7 @@ class Keeping(Published):
                 self._agenda.discard(pin)
                 unpinned += self._pins.drop(pin.key)
                 if pin.key.namespace == self.shared_namespace:
-                    self._published.pop(pin.key.name, None)
+                    self._withdraw(pin.key.name)
             unused, used = self._cut(top, MissReason.INVALIDATED)
             self._unpinned(unpinned)
             for account in (space.account, self._tree.total):

@@ -8,6 +8,7 @@ and nothing behind it is seen by anybody else.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from prefixcache.store import Store
@@ -43,6 +44,14 @@ class Published(Store):
         whole = self._matched(packed, namespace)
         divided = whole > len(base) and len(base) + self._matched(parts.rest, parts.space)
         return Parts(b"", packed, namespace) if whole > max(divided, len(base)) else parts
+
+    @property
+    def published(self) -> Collection[bytes]:
+        """The published prompts, packed. On any thread: they are replaced, never changed."""
+        return self._published.values()
+
+    def _withdraw(self, name: str) -> None:
+        self._published = {other: prompt for other, prompt in self._published.items() if other != name}
 
     def _matched(self, packed: bytes, key: SpaceKey) -> int:
         """Return how many bytes of a prompt, in whole blocks, a space has."""

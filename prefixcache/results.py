@@ -7,8 +7,8 @@ None.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from prefixcache.errors import Internal
@@ -16,6 +16,9 @@ from prefixcache.reasons import MissReason
 from prefixcache.v1 import cache_pb2, generation_pb2, prompt_pb2
 
 FinishReason = Literal["stop", "length"]
+
+REPLICA = "prefixcache-replica"
+"""The key in an answer's trailing metadata under which a replica gives its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Completion:
     `logprobs` has one entry per token if they were asked for. `ttft` and `elapsed` are
     measured by the client, from sending to the first token and to the end; `ttft` is
     None if there was no token. `kept_tokens` are kept for the session's next request, if
-    that was asked for.
+    that was asked for. `replica` is the one that answered, None if it did not say.
     """
 
     text: str
@@ -108,6 +111,7 @@ class Completion:
     ttft: float | None
     elapsed: float
     kept_tokens: int = 0
+    replica: str | None = None
 
     @property
     def request_id(self) -> str:
@@ -130,10 +134,20 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaPrefix:
+    """Another replica that holds the beginning of a prompt, so many tokens of it; `address` is host:port."""
+
+    replica_id: str
+    address: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lookup:
     """How much of a prompt is cached, why not more, and where it leaves the cached path.
 
     If the text was asked for, it is what the model reads, of which `cached_characters` are cached.
+    `elsewhere` are the other replicas that hold some of it, by what they published last; longest first.
     """
 
     prompt_tokens: int
@@ -144,6 +158,7 @@ class Lookup:
     """If it diverges: length of the nearest cached prompt, which is the same up to `miss_position`."""
     text: str | None = None
     cached_characters: int | None = None
+    elsewhere: tuple[ReplicaPrefix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +264,26 @@ class TokenStats:
 
 
 @dataclass(frozen=True, slots=True)
+class HintStats:
+    """What a replica publishes of its cache for others to find.
+
+    `current`: all that is cached is known there, but for the last moments. `error` says why
+    nothing can be published now, "" if it can. `republished` is how often all had to be.
+    """
+
+    replica_id: str
+    current: bool
+    blocks: int
+    republished: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
-    """Sizes now and counters since the start; `miss_reasons` counts requests by reason, `uptime` is in seconds."""
+    """Sizes now and counters since the start; `miss_reasons` counts requests by reason, `uptime` is in seconds.
+
+    `hints` are None if nothing is published, and for callers who are not administrators.
+    """
 
     blocks: BlockStats
     requests: RequestStats
@@ -258,13 +291,15 @@ class Stats:
     miss_reasons: Mapping[str, int]
     uptime: float
     sessions: int = 0
+    hints: HintStats | None = None
 
 
 class Fold:
-    """Collects the events of one generation; `started` is set as soon as it is known."""
+    """Collects the events of one generation; `started` is set as soon as it is known, `replica` by `sign`."""
 
     def __init__(self) -> None:
         self.started: Started | None = None
+        self.replica: str | None = None
         self._sent = time.perf_counter()
         self._first: float | None = None
         self._texts: list[str] = []
@@ -296,11 +331,17 @@ class Fold:
         """Whether the last event has come."""
         return self._completion is not None
 
+    def sign(self, trailing_metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Take what came behind the last event: which replica has answered."""
+        for key, value in trailing_metadata or ():
+            if key == REPLICA and isinstance(value, str):
+                self.replica = value
+
     def completion(self) -> Completion:
         """Return the result. Raises Internal if the server ended the stream without one."""
         if self._completion is None:
             raise Internal("the server ended the stream before the output was finished; send the request again")
-        return self._completion
+        return replace(self._completion, replica=self.replica)
 
     def _delta(self, delta: generation_pb2.Delta) -> str:
         if self._first is None and delta.token_ids:
@@ -353,6 +394,7 @@ def lookup_from(message: cache_pb2.LookupResponse) -> Lookup:
         message.alternative_tokens,
         message.text if message.HasField("text") else None,
         message.cached_characters if message.HasField("cached_characters") else None,
+        tuple(ReplicaPrefix(other.replica_id, other.address, other.cached_tokens) for other in message.elsewhere),
     )
 
 
@@ -396,7 +438,7 @@ def model_from(message: generation_pb2.GetModelResponse) -> Model:
 
 
 def stats_from(message: cache_pb2.GetStatsResponse) -> Stats:
-    blocks, requests, tokens = message.blocks, message.requests, message.tokens
+    blocks, requests, tokens, hints = message.blocks, message.requests, message.tokens, message.hints
     return Stats(
         BlockStats(
             blocks.block_size,
@@ -425,6 +467,9 @@ def stats_from(message: cache_pb2.GetStatsResponse) -> Stats:
         dict(message.miss_reasons),
         message.uptime.ToNanoseconds() / 1e9,
         message.sessions,
+        HintStats(hints.replica_id, hints.current, hints.blocks, hints.republished, hints.error)
+        if message.HasField("hints")
+        else None,
     )
 
 

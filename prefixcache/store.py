@@ -60,7 +60,7 @@ class Store:
         self._expiring = False  # whether anything has ever had a time to live
         self._spaces: dict[SpaceKey, Space] = {}
         self.shared_namespace = shared_namespace
-        self._published: dict[str, bytes] = {}  # packed tokens by name
+        self._published: dict[str, bytes] = {}  # packed tokens by name; replaced, never changed
         self._leases: set[Lease] = set()
         self._removed: dict[bytes, MissReason] = {}
         self._memory_of_removed = memory_of_removed
@@ -76,9 +76,19 @@ class Store:
         return self._account_of(namespace)
 
     @property
+    def free_blocks(self) -> int:
+        """How many blocks hold nothing."""
+        return self._pool.free_count
+
+    @property
+    def evictable_blocks(self) -> int:
+        """How many blocks are cached, and used by nobody."""
+        return self._tree.total.idle
+
+    @property
     def available_blocks(self) -> int:
         """How many blocks `allocate` could hand out now."""
-        return self._pool.free_count + self._tree.total.idle
+        return self.free_blocks + self.evictable_blocks
 
     # Namespaces and accounts
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from prefixcache.explain import label
 
 if TYPE_CHECKING:  # only for its types: the results come with protobuf, which takes time to import
-    from prefixcache.results import BlockStats, Stats
+    from prefixcache.results import BlockStats, HintStats, Stats
 
 BAR_CELLS = 40
 RATE_SECONDS = 10.0
@@ -150,6 +150,8 @@ def stats_view(stats: Stats, rates: Rates | None = None) -> RenderableType:
             f"{rates.requests:,.1f} requests ({recent})",
         )
     view.add_row("why not more", _reasons(stats))
+    if stats.hints is not None:
+        view.add_row("hints", _hints(stats.hints))
     return view
 
 
@@ -170,6 +172,12 @@ def _pool(blocks: BlockStats) -> Text:
         if count or name != "pinned":
             legend.append(Text.assemble((cell, style), f" {count:,} {name}"))
     return Text.assemble(bar, "\n", Text("  ").join(legend))
+
+
+def _hints(hints: HintStats) -> str:
+    again = f", published anew {hints.republished:,} times" if hints.republished else ""
+    state = f"failing: {hints.error}" if hints.error else "current" if hints.current else "catching up"
+    return safe(f"{hints.blocks:,} blocks known to others as {hints.replica_id}{again}; {state}")
 
 
 def _removed(blocks: BlockStats) -> str:

@@ -14,6 +14,7 @@ from engine.config import EngineConfig, load
 from engine.loop import EngineLoop, StepRunner
 from engine.request import Sampled
 from engine.scheduler import EngineStats, Scheduler, Step
+from engine.secret import read_secret
 from engine.server import Load, Server
 from engine.tenants import PUBLISHED, tenant_of
 from engine.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from tests.engine.paper import PaperRunner
 
 BLOCK = 16
 PAPER_LENGTH = 2000
+FINGERPRINT = "70617065" * 4
 
 
 class RunningServer:
@@ -155,14 +157,17 @@ class PaperEngine:
 
     def __call__(self, config: EngineConfig, on_death: OnDeath) -> Engine:
         eos = 257
+        cache = PrefixCache(
+            self._blocks,
+            BLOCK,
+            fingerprint=bytes.fromhex(FINGERPRINT),
+            secret=read_secret(config.secret_file),
+            account_of=tenant_of,
+            pin_share=config.max_pinned_percent / 100,
+            shared_namespace=PUBLISHED,
+        )
         scheduler = Scheduler(
-            PrefixCache(
-                self._blocks,
-                BLOCK,
-                account_of=tenant_of,
-                pin_share=config.max_pinned_percent / 100,
-                shared_namespace=PUBLISHED,
-            ),
+            cache,
             max_length=PAPER_LENGTH,
             max_batch_tokens=256,
             max_running=self._max_running,
@@ -179,9 +184,9 @@ class PaperEngine:
             BLOCK,
             self._tokenizer.has_chat_template,
             [eos],
-            "",
+            FINGERPRINT,
         )
-        return Engine(loop, self._tokenizer, served, self._blocks, 1024)
+        return Engine(loop, cache, self._tokenizer, served, self._blocks, 1024)
 
 
 class GatedRunner(PaperRunner):

@@ -28,7 +28,7 @@ def test_options_win_over_the_environment() -> None:
     ("environment", "options", "words"),
     [
         ({}, {"moedl": "x"}, "there is no option 'moedl'; did you mean model?"),
-        ({}, {"zzz": 1}, "there is no option 'zzz'. There are: allow_plaintext, block_size"),
+        ({}, {"zzz": 1}, "there is no option 'zzz'. There are: advertise, allow_plaintext, block_size"),
         ({"PREFIXCACHE_PROT": "1"}, {}, "PREFIXCACHE_PROT is set, but it is no option; did you mean PREFIXCACHE_PORT"),
         ({"PREFIXCACHE_PORT": "many"}, {}, "option port cannot be 'many'"),
         ({}, {"port": 70000}, "option port cannot be 70000: input should be less than or equal to 65535"),

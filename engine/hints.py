@@ -1,0 +1,202 @@
+"""What this server says of itself to other replicas, and hears of them, through Redis.
+
+    open -> start (the engine is loaded) -> drain -> stop
+
+The engine's thread hands every change of the cache to the publisher, which never keeps
+it waiting; a reader's questions have a budget, and no answer means that nothing is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+
+from engine.config import EngineConfig
+from engine.feed import Feed
+from engine.loop import EngineLoop, clock
+from engine.scheduler import Scheduler
+from engine.secret import read_secret, warn_of_secret
+from engine.wire import ServedModel
+from prefixcache.errors import Unavailable
+from prefixcache.hints.schema import Group, Lease
+
+if TYPE_CHECKING:  # what needs redis is loaded where it is used
+    from prefixcache.hints.locator import Locator
+    from prefixcache.hints.publisher import Publisher, PublisherStatus
+
+BUDGET_SECONDS = 0.08
+"""How long a lookup may wait for what others hold."""
+LEASES_SECONDS = 1.0
+"""How long the list of the others is good for."""
+LOOK_SECONDS = 1.0
+"""How often is looked whether publishing has begun to fail, or works again."""
+
+log = structlog.get_logger()
+
+
+class Holder(NamedTuple):
+    """Another replica, where it is reached, and how many of a prompt's tokens it holds."""
+
+    replica_id: str
+    address: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HintStatus:
+    """Under which name this server publishes, and how that goes."""
+
+    replica_id: str
+    publisher: PublisherStatus
+
+
+class Hints:
+    """Lives in one event loop. Without --redis, it says and knows nothing."""
+
+    def __init__(self, config: EngineConfig, feed: Feed) -> None:
+        self._config = config
+        self._feed = feed
+        self._locator: Locator | None = None
+        self._publisher: Publisher | None = None
+        self._group: Group | None = None
+        self._replica_id = ""
+        self._reporting: asyncio.Task[None] | None = None
+        self._leases: Sequence[Lease] = ()
+        self._asked = -LEASES_SECONDS
+        self._asking = asyncio.Lock()
+
+    @property
+    def used(self) -> bool:
+        """Whether this server has a Redis."""
+        return bool(self._config.redis)
+
+    @property
+    def status(self) -> HintStatus | None:
+        """How publishing goes; None if nothing is published."""
+        return None if self._publisher is None else HintStatus(self._replica_id, self._publisher.status)
+
+    def name(self, port: int) -> str:
+        """Return the name of this server, listening on `port`, among its replicas; "" if it has none."""
+        if self._config.replica_id or not self.used:
+            return self._config.replica_id
+        host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())
+        return f"{host[:58]}-{port}"
+
+    def open(self) -> None:
+        """Before the model is loaded: check secret and URL. Raises InvalidArgument if one is of no use."""
+        read_secret(self._config.secret_file)
+        warn_of_secret(self._config.secret_file, published=self.used)
+        if self.used:
+            from prefixcache.hints.locator import Locator
+
+            self._locator = Locator(self._config.redis, prefix=self._config.redis_prefix)
+
+    async def start(self, loop: EngineLoop, served: ServedModel, blocks: int, port: int) -> None:
+        """Begin to publish what an engine with so many blocks has cached; it listens on `port`."""
+        config = self._config
+        if not self.used:
+            return
+        from prefixcache.hints.publisher import Publisher
+
+        self._group = Group(config.deployment, served.fingerprint, served.block_size)
+        self._replica_id = self.name(port)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = config.advertise or f"{host}:{port}"
+        publisher = Publisher(
+            config.redis,
+            group=self._group,
+            replica_id=self._replica_id,
+            address=address,
+            model=served.name,
+            blocks=blocks,
+            load=loop.load,
+            resync=lambda: resync(),
+            prefix=config.redis_prefix,
+            lease_seconds=config.lease_seconds,
+        )
+
+        def restart(scheduler: Scheduler) -> None:
+            publisher.restart(scheduler.cache.stored())
+
+        def resync() -> None:
+            with contextlib.suppress(Unavailable):  # an engine that has stopped stores nothing any more
+                loop.call(restart)
+
+        def begin(scheduler: Scheduler) -> None:
+            self._feed.hear_all(scheduler.cache, publisher.heard)
+            restart(scheduler)
+
+        await asyncio.wrap_future(loop.call(begin))
+        publisher.start()
+        self._publisher = publisher
+        self._reporting = asyncio.create_task(self._report(publisher))
+
+    def drain(self) -> None:
+        """Say that nothing new is taken."""
+        if self._publisher is not None:
+            self._publisher.drain()
+
+    async def stop(self) -> None:
+        """Leave, so that nobody waits for the lease to end. Idempotent."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+        if self._publisher is not None:
+            await asyncio.to_thread(self._publisher.stop)
+        if self._locator is not None:
+            locator, self._locator = self._locator, None
+            await locator.close()
+
+    async def elsewhere(self, hashes: bytes) -> list[Holder]:
+        """Return which other replicas hold how much of a prompt, longest first; nothing if it is not known in time."""
+        if self._locator is None or self._group is None or not hashes:
+            return []
+        from prefixcache.hints.connection import NoHints
+
+        try:
+            async with asyncio.timeout(BUDGET_SECONDS):
+                leases = await self._others(self._locator, self._group)
+                found = await self._locator.find(self._group, hashes, leases) if leases else {}
+        except (NoHints, TimeoutError):
+            return []
+        size = self._group.block_size
+        holders = [
+            Holder(lease.replica_id, lease.address, blocks * size)
+            for lease in leases
+            if (blocks := found.get(lease.replica_id, 0))
+        ]
+        return sorted(holders, key=lambda holder: -holder.cached_tokens)
+
+    async def _others(self, locator: Locator, group: Group) -> Sequence[Lease]:
+        """Return the leases of the other replicas, as of a moment ago. Raises NoHints at most once a moment."""
+        async with self._asking:
+            if clock() - self._asked >= LEASES_SECONDS:
+                self._asked, self._leases = clock(), ()
+                leases = await locator.leases(group)
+                self._leases = [lease for lease in leases if lease.replica_id != self._replica_id]
+        return self._leases
+
+    async def _report(self, publisher: Publisher) -> None:
+        """Log when publishing begins to fail and when it works again."""
+        from prefixcache.hints.connection import shown
+
+        failing = False
+        while True:
+            status = publisher.status
+            if bool(status.error) != failing:
+                failing = not failing
+                where = shown(self._config.redis)
+                if failing:
+                    log.warning(
+                        f"other replicas cannot learn what is cached here, while all else goes on: {status.error}",
+                        redis=where,
+                    )
+                else:
+                    log.info("other replicas can learn again what is cached here", redis=where)
+            await asyncio.sleep(LOOK_SECONDS)
