@@ -155,16 +155,28 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 # Scripts. Redis 6.2 and later: all of their commands are older, and the clock may be read
 # before something is written, since effects are replicated and not scripts.
+#
+# A Redis that is full refuses what could need memory, unless the script has written
+# before. What is there already can be written over in place, so RENEW and PUBLISH write a
+# time to live first; REGISTER and BEGIN need memory and ask for it first.
 
 _ALIVE = f"""
 local function now()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
-local function holder(record)
-  if not record then return nil end
-  if tonumber(string.sub(record, 1, {DEADLINE_DIGITS})) <= now() then return nil end
+local function ends(record)
+  return tonumber(string.sub(record, 1, {DEADLINE_DIGITS})) or 0
+end
+local function nonce(record)
   return string.sub(record, {DEADLINE_DIGITS + 1}, {DEADLINE_DIGITS + NONCE_CHARACTERS})
+end
+local function holder(record)
+  if not record or ends(record) <= now() then return nil end
+  return nonce(record)
+end
+local function lease()
+  return string.format('%0{DEADLINE_DIGITS}d', now() + ARGV[3]) .. ARGV[2] .. ARGV[4]
 end
 """
 
@@ -172,32 +184,32 @@ REGISTER = (
     _ALIVE
     + """
 -- Take a replica's name. KEYS: replicas. ARGV: id, nonce, lease ms, payload, whether to take it
--- from another nonce. Returns the nonce that held it (live or not) or '', and whether it was taken.
+-- from whom has it now. Returns the nonce that held it (live or not) or '', whether it was taken,
+-- and for how many ms more the lease of the one that holds it lasts.
 local record = redis.call('HGET', KEYS[1], ARGV[1])
 local before = holder(record)
-if before and before ~= ARGV[2] and ARGV[5] ~= '1' then return {before, 0} end
-local last = record and string.sub(record, 14, 29) or ''
-local deadline = string.format('%013d', now() + ARGV[3])
-redis.call('HSET', KEYS[1], ARGV[1], deadline .. ARGV[2] .. ARGV[4])
+if before and before ~= ARGV[2] and ARGV[5] ~= '1' then return {before, 0, ends(record) - now()} end
+redis.call('HSET', KEYS[1], ARGV[1], lease())
 redis.call('PEXPIRE', KEYS[1], ARGV[3] * 10)
 -- Whoever has been gone for ten leases is not worth listing any more.
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
-  if tonumber(string.sub(all[i + 1], 1, 13)) + ARGV[3] * 10 < now() then redis.call('HDEL', KEYS[1], all[i]) end
+  if ends(all[i + 1]) + ARGV[3] * 10 < now() then redis.call('HDEL', KEYS[1], all[i]) end
 end
-return {last, 1}
+return {record and nonce(record) or '', 1, 0}
 """
 )
 
 RENEW = (
     _ALIVE
     + """
--- KEYS: replicas, table. ARGV: id, nonce, lease ms, payload. Returns 1, or 0 if the lease was lost.
+-- KEYS: replicas, table. ARGV: id, nonce, lease ms, payload, the state the table has ('' for any).
+-- Returns 1, 0 if the lease was lost, -1 if it is renewed but the table is not in that state.
 if holder(redis.call('HGET', KEYS[1], ARGV[1])) ~= ARGV[2] then return 0 end
-local deadline = string.format('%013d', now() + ARGV[3])
-redis.call('HSET', KEYS[1], ARGV[1], deadline .. ARGV[2] .. ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[3] * 10)
 redis.call('PEXPIRE', KEYS[2], ARGV[3] * 10)
+redis.call('HSET', KEYS[1], ARGV[1], lease())
+if ARGV[5] ~= '' and redis.call('GETRANGE', KEYS[2], 0, 15) ~= ARGV[5] then return -1 end
 return 1
 """
 )
@@ -205,9 +217,9 @@ return 1
 LEAVE = (
     _ALIVE
     + """
--- KEYS: replicas, table. ARGV: id, nonce. The replica ends in order.
+-- KEYS: replicas, table. ARGV: id, nonce. Whoever has that nonce has ended, and its statements go.
 local record = redis.call('HGET', KEYS[1], ARGV[1])
-if record and string.sub(record, 14, 29) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+if record and nonce(record) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
 redis.call('UNLINK', KEYS[2])
 return 1
 """
@@ -219,7 +231,8 @@ BEGIN = (
 -- Begin an empty table. KEYS: replicas, table. ARGV: id, nonce, lease ms, state, bytes of the table.
 -- Returns 1, or 0 if the lease was lost.
 if holder(redis.call('HGET', KEYS[1], ARGV[1])) ~= ARGV[2] then return 0 end
-redis.call('UNLINK', KEYS[2])
+redis.call('SETRANGE', KEYS[2], 0, ARGV[4])
+redis.call('UNLINK', KEYS[2])  -- a string that is made at its full length has no room to spare
 redis.call('SETRANGE', KEYS[2], 15 + ARGV[5], '\\0')
 redis.call('SETRANGE', KEYS[2], 0, ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[3] * 10)
@@ -229,17 +242,32 @@ return 1
 
 PUBLISH = (
     _ALIVE
-    + """
--- Change a table. KEYS: replicas, table. ARGV: id, nonce, the state it has, the state it gets, then
--- pairs of an offset into the table and the bytes there. Returns 1, 0 if the lease was lost, -1 if
--- the table is not in that state.
+    + f"""
+-- Change a table. KEYS: replicas, table. ARGV: id, nonce, lease ms, the state it has, the state it
+-- gets, `Table.patches`. Returns 1, 0 if the lease was lost, -1 if the table is not in that state.
 if holder(redis.call('HGET', KEYS[1], ARGV[1])) ~= ARGV[2] then return 0 end
-if redis.call('GETRANGE', KEYS[2], 0, 15) ~= ARGV[3] then return -1 end
-for i = 5, #ARGV, 2 do redis.call('SETRANGE', KEYS[2], 16 + ARGV[i], ARGV[i + 1]) end
-redis.call('SETRANGE', KEYS[2], 0, ARGV[4])
+if redis.call('GETRANGE', KEYS[2], 0, {STATE_BYTES - 1}) ~= ARGV[4] then return -1 end
+redis.call('PEXPIRE', KEYS[2], ARGV[3] * 10)
+local patches = ARGV[6]
+local at = 1
+while at <= #patches do
+  local bucket, count = struct.unpack('<I4I4', patches, at)
+  local stop = at + 8 + count * {BUCKET_BYTES}
+  redis.call('SETRANGE', KEYS[2], {STATE_BYTES} + bucket * {BUCKET_BYTES}, string.sub(patches, at + 8, stop - 1))
+  at = stop
+end
+redis.call('SETRANGE', KEYS[2], 0, ARGV[5])
 return 1
 """
 )
+
+ROSTER = """
+-- Who is there. KEYS: replicas. Returns the time in ms, then ids and leases in turn.
+local time = redis.call('TIME')
+local all = redis.call('HGETALL', KEYS[1])
+table.insert(all, 1, string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
+return all
+"""
 
 FIND = f"""
 -- How many of a prompt's blocks, from the first, are in each of several tables. KEYS: tables. ARGV:
