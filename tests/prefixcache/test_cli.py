@@ -332,6 +332,7 @@ def test_lookup_says_how_much_is_cached_and_where_it_ends(address: str) -> None:
         "miss_position": len(PROMPT),
         "alternative_tokens": 0,
         "cached_characters": len(PROMPT) - 1,
+        "elsewhere": [],
         "explanation": "all of it was cached but the last token, which is always computed",
     }
     same = PROMPT.index("at the outer wall")
@@ -353,7 +354,7 @@ def test_stats_json_adds_up(address: str) -> None:
     """`stats --json` is everything the server counts, under stable names."""
     generate(address, PROMPT, "stats")
     stats = json.loads(run("stats", "--json", "--address", address).stdout)
-    assert set(stats) == {"address", "blocks", "requests", "tokens", "miss_reasons", "sessions", "uptime"}
+    assert set(stats) == {"address", "blocks", "requests", "tokens", "miss_reasons", "sessions", "uptime", "hints"}
     blocks, tokens = stats["blocks"], stats["tokens"]
     assert blocks["free"] + blocks["cached"] + blocks["leased"] == blocks["total"]
     assert tokens["cached"] + tokens["computed"] == tokens["prompt"] > 0

@@ -165,6 +165,7 @@ def test_why_as_json(address: str) -> None:
         "alternative_tokens": total,
         "text": RULES + "Ticket 4799.",
         "cached_characters": same,
+        "elsewhere": [],
         "line": 3,
         "column": 10,
         "varying": {"what": "number", "start": same - 2, "end": same + 2},
