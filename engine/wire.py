@@ -349,7 +349,7 @@ class Status:
 
 
 def status_of(error: PrefixCacheError) -> Status:
-    """Return the status an error travels as, with RetryInfo if it says when to try again, and ErrorInfo if it says why."""
+    """Return the status an error travels as, with RetryInfo and ErrorInfo if it says when to try again, and why."""
     details = _shortened(str(error), MAX_STATUS_CHARACTERS)
     trailing: tuple[tuple[str, bytes], ...] = ()
     if isinstance(error, ResourceExhausted) and error.retry_after is not None:

@@ -50,14 +50,22 @@ class OutOfRange(PrefixCacheError):
     status = "OUT_OF_RANGE"
 
 
+QUEUE_FULL = "QUEUE_FULL"
+"""The reason of a ResourceExhausted that is this server's own: another replica may have room."""
+
+REASON_DOMAIN = "prefixcache"
+"""The domain of such reasons in a google.rpc.ErrorInfo."""
+
+
 class ResourceExhausted(PrefixCacheError):
-    """A limit was reached. `retry_after` (seconds) says when to try again, if that helps."""
+    """A limit was reached. `retry_after` (seconds) says when to try again, if that helps; `reason` is for programs."""
 
     status = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None, reason: str = "") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class DeadlineExceeded(PrefixCacheError):

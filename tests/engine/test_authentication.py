@@ -20,11 +20,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from engine import logs
 from engine.authentication import Limits, bearer_token, read_tenants
 from engine.config import load
 from engine.gate import Gate
 from engine.server import CACHE, GENERATION
+from prefixcache import logs
 from prefixcache.client import AsyncClient, Client
 from prefixcache.errors import InvalidArgument, ResourceExhausted, Unauthenticated
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc, prompt_pb2
@@ -283,7 +283,7 @@ def test_a_traceback_in_the_log_shows_no_values(form: str, capsys: pytest.Captur
     def fail(token: str) -> None:
         raise ZeroDivisionError("a bug")
 
-    logs.configure(load({}, log_format=form))
+    logs.configure("info", form)
     try:
         fail(SECRET[::-1][::-1])
     except ZeroDivisionError:

@@ -15,7 +15,7 @@ from engine import wire
 from engine.request import Finished, FinishReason, Sampled, SamplingParams, Started, Timings, Usage
 from engine.tenants import namespace_key
 from engine.tokenizer import Chat
-from prefixcache.errors import InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
+from prefixcache.errors import QUEUE_FULL, InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
 from prefixcache.reasons import MissReason
 from prefixcache.v1 import generation_pb2, prompt_pb2
 
@@ -233,6 +233,14 @@ def test_a_full_queue_says_when_to_try_again() -> None:
     assert (detail.code, detail.message) == (status.code.value[0], "full")
     assert detail.details[0].Unpack(info)
     assert info.retry_delay.ToMilliseconds() == 1500
+
+
+def test_a_reason_travels_for_programs() -> None:
+    """A full queue can be told from a quota, which another replica would refuse as well."""
+    [(_, value)] = wire.status_of(ResourceExhausted("full", retry_after=1.5, reason=QUEUE_FULL)).trailing_metadata
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(value).details[1].Unpack(info)
+    assert (info.reason, info.domain) == ("QUEUE_FULL", "prefixcache")
 
 
 def test_an_endless_message_is_cut() -> None:
