@@ -9,9 +9,10 @@ that is not the expected one, a call without an answer) all of the table is publ
 anew; when something was lost on the way here (the inbox was full) the engine is asked
 for all that is stored.
 
-Buckets are published in the order in which they changed, so that readers find parents
-before children, with two exceptions: while all of a table is published anew, and for a
-mark that moves to another bucket to make room, which may be missing for one call.
+Changes that go to Redis in one call are seen there all at once. What is too much for one
+call goes in the order in which buckets changed first, with all that is in them by then: so
+parents come before children roughly, and while all of a table is published anew not at
+all. A lookup in such a moment may find less than there is, or a child without its parents.
 """
 
 from __future__ import annotations
@@ -313,7 +314,7 @@ class Publisher:
         """Wait for news, or until the lease or the load is to be looked at; say whether there are any."""
         self._news.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOAD_SECONDS / 2):
+            async with asyncio.timeout(max(0.0, min(self._renew_at, self._load_at) - time.monotonic())):
                 await self._news.wait()
                 return True
         return False
