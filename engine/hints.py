@@ -14,9 +14,7 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-import structlog
+from typing import NamedTuple
 
 from engine.config import EngineConfig
 from engine.feed import Feed
@@ -25,20 +23,15 @@ from engine.scheduler import Scheduler
 from engine.secret import read_secret, warn_of_secret
 from engine.wire import ServedModel
 from prefixcache.errors import Unavailable
+from prefixcache.hints.connection import NoHints
+from prefixcache.hints.locator import Locator
+from prefixcache.hints.publisher import Publisher, PublisherStatus
 from prefixcache.hints.schema import Group, Lease
-
-if TYPE_CHECKING:  # what needs redis is loaded where it is used
-    from prefixcache.hints.locator import Locator
-    from prefixcache.hints.publisher import Publisher, PublisherStatus
 
 BUDGET_SECONDS = 0.08
 """How long a lookup may wait for what others hold."""
 LEASES_SECONDS = 1.0
 """How long the list of the others is good for."""
-LOOK_SECONDS = 1.0
-"""How often is looked whether publishing has begun to fail, or works again."""
-
-log = structlog.get_logger()
 
 
 class Holder(NamedTuple):
@@ -67,7 +60,6 @@ class Hints:
         self._publisher: Publisher | None = None
         self._group: Group | None = None
         self._replica_id = ""
-        self._reporting: asyncio.Task[None] | None = None
         self._leases: Sequence[Lease] = ()
         self._asked = -LEASES_SECONDS
         self._asking = asyncio.Lock()
@@ -94,8 +86,6 @@ class Hints:
         read_secret(self._config.secret_file)
         warn_of_secret(self._config.secret_file, published=self.used)
         if self.used:
-            from prefixcache.hints.locator import Locator
-
             self._locator = Locator(self._config.redis, prefix=self._config.redis_prefix)
 
     async def start(self, loop: EngineLoop, served: ServedModel, blocks: int, port: int) -> None:
@@ -103,7 +93,13 @@ class Hints:
         config = self._config
         if not self.used:
             return
-        from prefixcache.hints.publisher import Publisher
+
+        def restart(scheduler: Scheduler) -> None:
+            publisher.restart(scheduler.cache.stored())
+
+        def resync() -> None:
+            with contextlib.suppress(Unavailable):  # an engine that has stopped stores nothing any more
+                loop.call(restart)
 
         self._group = Group(config.deployment, served.fingerprint, served.block_size)
         self._replica_id = self.name(port)
@@ -117,17 +113,10 @@ class Hints:
             model=served.name,
             blocks=blocks,
             load=loop.load,
-            resync=lambda: resync(),
+            resync=resync,
             prefix=config.redis_prefix,
             lease_seconds=config.lease_seconds,
         )
-
-        def restart(scheduler: Scheduler) -> None:
-            publisher.restart(scheduler.cache.stored())
-
-        def resync() -> None:
-            with contextlib.suppress(Unavailable):  # an engine that has stopped stores nothing any more
-                loop.call(restart)
 
         def begin(scheduler: Scheduler) -> None:
             self._feed.hear_all(scheduler.cache, publisher.heard)
@@ -136,7 +125,6 @@ class Hints:
         await asyncio.wrap_future(loop.call(begin))
         publisher.start()
         self._publisher = publisher
-        self._reporting = asyncio.create_task(self._report(publisher))
 
     def drain(self) -> None:
         """Say that nothing new is taken."""
@@ -145,20 +133,17 @@ class Hints:
 
     async def stop(self) -> None:
         """Leave, so that nobody waits for the lease to end. Idempotent."""
-        if self._reporting is not None:
-            self._reporting.cancel()
         if self._publisher is not None:
             await asyncio.to_thread(self._publisher.stop)
         if self._locator is not None:
             locator, self._locator = self._locator, None
-            await locator.close()
+            with contextlib.suppress(NoHints):
+                await locator.close()
 
     async def elsewhere(self, hashes: bytes) -> list[Holder]:
         """Return which other replicas hold how much of a prompt, longest first; nothing if it is not known in time."""
         if self._locator is None or self._group is None or not hashes:
             return []
-        from prefixcache.hints.connection import NoHints
-
         try:
             async with asyncio.timeout(BUDGET_SECONDS):
                 leases = await self._others(self._locator, self._group)
@@ -181,22 +166,3 @@ class Hints:
                 leases = await locator.leases(group)
                 self._leases = [lease for lease in leases if lease.replica_id != self._replica_id]
         return self._leases
-
-    async def _report(self, publisher: Publisher) -> None:
-        """Log when publishing begins to fail and when it works again."""
-        from prefixcache.hints.connection import shown
-
-        failing = False
-        while True:
-            status = publisher.status
-            if bool(status.error) != failing:
-                failing = not failing
-                where = shown(self._config.redis)
-                if failing:
-                    log.warning(
-                        f"other replicas cannot learn what is cached here, while all else goes on: {status.error}",
-                        redis=where,
-                    )
-                else:
-                    log.info("other replicas can learn again what is cached here", redis=where)
-            await asyncio.sleep(LOOK_SECONDS)

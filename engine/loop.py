@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from engine.request import Event, Failed, Finished, Request, Sampled
@@ -155,8 +156,10 @@ class EngineLoop:
             return not self._open
 
     def load(self) -> Load:
-        """How busy the engine is."""
-        return self._scheduler.load()
+        """How busy the engine is, also with requests that have come during the step that is being computed."""
+        load = self._scheduler.load()
+        with self._lock:
+            return replace(load, waiting=max(self._live - load.running, load.waiting))
 
     @property
     def background(self) -> int:
