@@ -11,6 +11,7 @@ Every method of the services has its calls here; one that is added and has none 
 
 from __future__ import annotations
 
+import base64
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +29,13 @@ from google.protobuf.message import Message
 
 from engine.scheduler import Step
 from prefixcache.client import Client
+from prefixcache.tokens import HASH_BYTES
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc, prompt_pb2
+from tests.engine.hinted import publishes_exactly, secret_file
 from tests.engine.paper import PaperRunner
 from tests.engine.serving import BLOCK, GatedRunner, PaperEngine, RunningServer
 from tests.engine.tenancy import entry, write
+from tests.redis import RedisServer
 
 BLOCKS = 1024
 SERVICES = (generation_pb2.DESCRIPTOR, cache_pb2.DESCRIPTOR)
@@ -77,19 +81,21 @@ class World:
     a's prompt.
     """
 
-    def __init__(self, directory: Path, *, lived: bool, admin: bool = False, published: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, lived: bool, admin: bool = False, published: bool = False, **options: object
+    ) -> None:
         rights = {"admin": "true"} if admin else {}
         file = write(directory / "tenants.toml", entry("a"), entry("b", **rights), entry("publisher", admin="true"))
         self.runner = CountingRunner()
         self.lived = lived
         self._published = published
         self.stolen_stream = ("0123456789abcdef", 0)
-        self._server = RunningServer(PaperEngine(blocks=BLOCKS, runner=self.runner), tenants=file)
+        self.server = RunningServer(PaperEngine(blocks=BLOCKS, runner=self.runner), tenants=file, **options)
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
-        self._exits.enter_context(self._server)
-        self._channel = self._exits.enter_context(grpc.insecure_channel(self._server.address))
+        self._exits.enter_context(self.server)
+        self._channel = self._exits.enter_context(grpc.insecure_channel(self.server.address))
         if self._published:
             request = cache_pb2.PinRequest(prompt=text(GUIDE[:100]), pin_id="beginning", published=True)
             assert self.call("publisher", "Pin", request)[0]["pinnedTokens"] == 96
@@ -101,7 +107,7 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._server.check()
+            self.server.check()
         self._exits.close()
 
     def call(self, tenant: str, method: str, request: Any) -> Transcript:
@@ -229,8 +235,14 @@ def generate_(world: World, me: str) -> Transcript:
 
 @attack
 def tokenize(world: World, me: str) -> Transcript:
-    """The other's prompts."""
-    return [world.call(me, "Tokenize", generation_pb2.TokenizeRequest(prompt=prompt)) for prompt in PROMPTS]
+    """The other's prompts and their hashes, in every namespace."""
+    return [
+        world.call(
+            me, "Tokenize", generation_pb2.TokenizeRequest(prompt=prompt, namespace=name, with_block_hashes=True)
+        )
+        for prompt in PROMPTS
+        for name in COLLISIONS
+    ]
 
 
 @attack
@@ -457,6 +469,56 @@ def test_an_administrator_cannot_find_out_the_words_of_a_shape(tmp_path: Path) -
                 hashes[shape.namespace] |= {piece.hash for piece in shape.pieces}
         assert all(hashes.values())
         assert not hashes["a/"] & hashes["marker"]
+
+
+def test_hashes_of_the_same_prompts_are_others_for_another(tmp_path: Path) -> None:
+    """What b is told of a's prompts, in whatever namespace, names none of the blocks that a has, nor of each other."""
+    with World(tmp_path, lived=True) as world:
+        hashes = {tenant: [block_hashes(answer) for answer in ATTACKS["Tokenize"](world, tenant)] for tenant in "ab"}
+        watching = world.begin("a", "WatchEvents", cache_pb2.WatchEventsRequest())
+        kept = {
+            value
+            for event in until(watching, lambda event: event.HasField("snapshot_end"))
+            for value in split(event.snapshot.hashes)
+        }
+        watching.cancel()
+    of_a, of_b = ({value for answer in hashes[tenant] for value in answer} for tenant in "ab")
+    assert kept & of_a  # so that there was something to be met
+    assert not kept & of_b
+    assert not of_a & of_b
+    assert len(of_b) == sum(map(len, hashes["b"]))
+
+
+def block_hashes(answer: Transcript) -> list[bytes]:
+    return split(base64.b64decode(answer[0]["blockHashes"]))
+
+
+def split(hashes: bytes) -> list[bytes]:
+    return [hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)]
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["", "published"])
+def test_what_other_replicas_hold_is_told_to_the_owner_only(tmp_path: Path, published: bool) -> None:
+    """b asks one replica, in every namespace, for what a has on another; a itself is told, and b what is published."""
+    prompts = [PROMPTS[0], PROMPTS[1], text(GUIDE[:100])]
+    with RedisServer() as redis, ExitStack() as exits:
+        options: dict[str, Any] = {"redis": redis.url, "secret_file": secret_file(tmp_path)}
+        here = exits.enter_context(World(tmp_path, lived=False, published=published, **options))
+        there = exits.enter_context(World(tmp_path, lived=True, published=published, **options))
+
+        def told_to(tenant: str, prompt: prompt_pb2.Prompt, name: str) -> list[int]:
+            request = cache_pb2.LookupRequest(prompt=prompt, namespace=name)
+            (found,) = here.call(tenant, "Lookup", request)
+            return [holder["cachedTokens"] for holder in found.get("elsewhere", [])]
+
+        wait_until(lambda: publishes_exactly(redis, there.server))
+        wait_until(lambda: told_to("a", PROMPTS[1], "") == [96])
+        for name in ("", NOTES):
+            assert told_to("a", PROMPTS[0], name) == [len(GUIDE) // BLOCK * BLOCK]
+        for prompt in prompts:
+            for name in COLLISIONS:
+                begun = published and prompt != PROMPTS[1]
+                assert told_to("b", prompt, name) == ([96] if begun else [])
 
 
 def test_a_first_request_takes_the_steps_of_a_cold_prompt(tmp_path: Path) -> None:
