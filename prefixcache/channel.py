@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from prefixcache import errors
 from prefixcache.errors import DeadlineExceeded, InvalidArgument, PrefixCacheError, ResourceExhausted
 from prefixcache.hosts import is_loopback
+from prefixcache.results import REPLICA
 
 CHANNEL_OPTIONS = (
     # Notice within a minute that the other side of a long stream is gone.
@@ -74,9 +75,14 @@ class Connection:
 
 
 def connection(
-    target: str, token: str | None, tls: TLS | bool | None, environment: Mapping[str, str] | None = None
+    target: str,
+    token: str | None,
+    tls: TLS | bool | None,
+    environment: Mapping[str, str] | None = None,
+    *,
+    replica: str = "",
 ) -> Connection:
-    """Return how to connect to `target`; what is None comes from the environment.
+    """Return how to connect to `target`; what is None comes from the environment. Through a gateway, to one `replica`.
 
     Raises InvalidArgument for a token that cannot be one, and for one that would cross a
     network unencrypted, unless `tls` is False: then the caller has said that it may.
@@ -87,8 +93,7 @@ def connection(
     if token and not (token.isascii() and token.isprintable() and " " not in token):
         raise InvalidArgument("the token has characters that no token has; was a line break or a quote copied with it?")
     if tls is None:
-        given = [source.get(name) or None for name in (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE)]
-        tls = TLS(*given) if any(given) else None
+        tls = tls_of(source)
     if token and tls is None and not _stays_here(target):
         raise InvalidArgument(
             f"the token would cross the network to {target} unencrypted, for others to read: connect with TLS "
@@ -96,7 +101,14 @@ def connection(
             "encrypts the way"
         )
     credentials = (TLS() if tls is True else tls).credentials() if tls else None
-    return Connection(credentials, (("authorization", f"Bearer {token}"),) if token else ())
+    who = (("authorization", f"Bearer {token}"),) if token else ()
+    return Connection(credentials, (*who, (REPLICA, replica)) if replica else who)
+
+
+def tls_of(environment: Mapping[str, str]) -> TLS | None:
+    """Return the files that an environment names for encrypted connections, None if it names none."""
+    given = [environment.get(name) or None for name in (CA_VARIABLE, CERTIFICATE_VARIABLE, KEY_VARIABLE)]
+    return TLS(*given) if any(given) else None
 
 
 class _Authorized:

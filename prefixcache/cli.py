@@ -22,6 +22,8 @@ from prefixcache import terminal
 from prefixcache.cli_doctor import doctor
 from prefixcache.cli_events import events
 from prefixcache.cli_keep import end_session, invalidate, pin, pins, unpin
+from prefixcache.cli_replicas import replicas
+from prefixcache.cli_route import route
 from prefixcache.cli_token import token
 from prefixcache.cli_warm import warm
 from prefixcache.cli_why import why
@@ -300,9 +302,9 @@ def _ticks(interval: float, count: int | None) -> Iterator[None]:
 
 
 for panel, commands in (
-    (LOOK, (why, doctor, events)),
+    (LOOK, (why, doctor, events, replicas)),
     (KEEP, (warm, pin, unpin, pins, invalidate, end_session)),
-    (SERVER, (token,)),
+    (SERVER, (route, token)),
 ):
     for command in commands:
         app.command(rich_help_panel=panel)(command)

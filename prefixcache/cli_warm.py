@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from prefixcache.warming import Warmed, WarmPrompt
 
 
+def _how_many(replicas: str) -> str:
+    if replicas != "all" and not (replicas.isdecimal() and 1 <= int(replicas) < 2**32):
+        raise typer.BadParameter("give a number of replicas, such as 2, or all")
+    return replicas
+
+
 def warm(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="The file of prompts, or - for stdin.", show_default=False)
@@ -38,6 +44,12 @@ def warm(
     namespace: Namespace = "",
     ttl: TimeToLive = None,
     priority: Priority = None,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="N|all", help="Through a gateway: on how many replicas each is warmed.", callback=_how_many
+        ),
+    ] = "1",
     timeout: Timeout = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write a JSON object per prompt instead, one per line.")
@@ -53,11 +65,20 @@ def warm(
     "messages" and maybe "tools" and "add_generation_prompt"; and with any of "id", "namespace", "ttl_seconds",
     "priority" and "session".
     """
+    from prefixcache.warming import ALL_REPLICAS
+
     tally = Tally()
     with _open(file) as source, connect(address) as client:
         prompts = Prompts(source)
         with (
-            client.warm(prompts, namespace=namespace, ttl=ttl, priority=priority, timeout=timeout) as warming,
+            client.warm(
+                prompts,
+                namespace=namespace,
+                ttl=ttl,
+                priority=priority,
+                replicas=ALL_REPLICAS if replicas == "all" else int(replicas),
+                timeout=timeout,
+            ) as warming,
             _bar(_count(file), hidden=as_json) as bar,
         ):
             try:
@@ -169,6 +190,7 @@ def _report(results: Iterable[Done], tally: Tally, bar: Progress | None, as_json
                 cached_tokens=warmed.cached_tokens,
                 computed_tokens=warmed.computed_tokens,
                 error=warmed.error,
+                replicas=warmed.replicas,
             )
         elif warmed.error:
             which = f"line {line} ({name})" if name else f"line {line}"

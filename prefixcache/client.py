@@ -17,7 +17,10 @@ the server works on it. A client may be shared by threads (`Client`) or tasks
 `token` says who calls, where the server asks; PREFIXCACHE_TOKEN when None. `tls` is True
 or a TLS for an encrypted connection, False for a plain one on which a token may go
 unencrypted, too; when None, encrypted if PREFIXCACHE_CA (or _CERTIFICATE and _KEY) names
-files for it, plain if not.
+files for it, plain if not. `replica` names the one that a gateway is to ask, whatever it is
+asked.
+
+`RoutingClient` and `AsyncRoutingClient` need no gateway: see `prefixcache.routing_client`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import grpc
 
@@ -81,15 +84,31 @@ from prefixcache.watch import (
     watch_prompts_request,
 )
 
+if TYPE_CHECKING:
+    from prefixcache.routing_client import AsyncRoutingClient as AsyncRoutingClient
+    from prefixcache.routing_client import RoutingClient as RoutingClient
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Return the clients that route, which are made of those here."""
+        if name in ("RoutingClient", "AsyncRoutingClient"):
+            from prefixcache import routing_client
+
+            return getattr(routing_client, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 # Threads
 
 
 class Client:
     """A connection to one server; made when first needed, closed by `close` or at the end of `with`."""
 
-    def __init__(self, target: str, *, token: str | None = None, tls: TLS | bool | None = None) -> None:
+    def __init__(
+        self, target: str, *, token: str | None = None, tls: TLS | bool | None = None, replica: str = ""
+    ) -> None:
         self.target = target
-        link = connection(target, token, tls)
+        link = connection(target, token, tls, replica=replica)
         if link.credentials is None:
             self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
@@ -282,9 +301,11 @@ class Stream(Call):
 class AsyncClient:
     """`Client` for asyncio; to be made and used in one event loop."""
 
-    def __init__(self, target: str, *, token: str | None = None, tls: TLS | bool | None = None) -> None:
+    def __init__(
+        self, target: str, *, token: str | None = None, tls: TLS | bool | None = None, replica: str = ""
+    ) -> None:
         self.target = target
-        link = connection(target, token, tls)
+        link = connection(target, token, tls, replica=replica)
         if link.credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:

@@ -129,6 +129,9 @@ def _connection_options(
         _file("--certificate", envvar="PREFIXCACHE_CERTIFICATE", help="The caller's own certificate (PEM)."),
     ] = None,
     key: Annotated[Path | None, _file("--key", envvar="PREFIXCACHE_KEY", help="Its private key (PEM).")] = None,
+    replica: Annotated[
+        str | None, _option("--replica", metavar="ID", help="Through a gateway: ask this replica, and no other.")
+    ] = None,
 ) -> None:
     """Take the options of every command that connects to a server."""
 
@@ -170,7 +173,7 @@ def connect(address: str) -> Iterator[Client]:
     from prefixcache.client import Client
 
     try:
-        with Client(address, token=_token(), tls=_tls()) as client:
+        with Client(address, token=_token(), tls=_tls(), replica=_given.get("replica") or "") as client:
             yield client
     except Unavailable:
         if _answers(address):

@@ -18,7 +18,7 @@ from prefixcache.v1 import cache_pb2, generation_pb2, prompt_pb2
 FinishReason = Literal["stop", "length"]
 
 REPLICA = "prefixcache-replica"
-"""The key in an answer's trailing metadata under which a replica gives its name."""
+"""The key in an answer's trailing metadata under which a replica gives its name; in a call's, the one it wants."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,9 @@ from prefixcache.v1 import cache_pb2
 
 MAX_ID_BYTES = 128
 
+ALL_REPLICAS = 2**32 - 1
+"""More than there are: through a gateway, a prompt is warmed on every replica."""
+
 WarmState = Literal["cached", "computed", "failed"]
 
 
@@ -45,6 +48,8 @@ class WarmPrompt(TypedDict, total=False):
     priority: int | None
     """0 to 100: lower ones are evicted first. 50 by default."""
     session_id: str | None
+    replicas: int | None
+    """Through a gateway: on how many replicas, ALL_REPLICAS for all; one by default."""
 
 
 Prompts = Iterable[Prompt | WarmPrompt]
@@ -58,6 +63,7 @@ class WarmOptions(TypedDict, total=False):
     ttl: float | None
     priority: int | None
     session_id: str | None
+    replicas: int | None
     timeout: float | None
 
 
@@ -65,7 +71,8 @@ class WarmOptions(TypedDict, total=False):
 class Warmed:
     """What became of a prompt: it was cached already, it has been computed and is cached, or it failed with `error`.
 
-    Counts are tokens, None where they are not known.
+    Counts are tokens, None where they are not known. Through a gateway, it is cached on so many
+    `replicas`; they are those of the one that had to compute most.
     """
 
     id: str
@@ -74,6 +81,7 @@ class Warmed:
     cached_tokens: int | None = None
     computed_tokens: int | None = None
     error: str = ""
+    replicas: int | None = None
 
 
 class _Requests:
@@ -108,7 +116,10 @@ class _Requests:
             control = cache_control(
                 *(self._option(given, key) for key in ("namespace", "ttl", "priority", "session_id"))
             )
-            return cache_pb2.WarmRequest(prompt=message, id=name, cache=control)
+            replicas = self._option(given, "replicas") or 0
+            if not 0 <= replicas <= ALL_REPLICAS:
+                raise InvalidArgument(f"replicas is {replicas}; it must be at least 1, and at most ALL_REPLICAS")
+            return cache_pb2.WarmRequest(prompt=message, id=name, cache=control, replicas=replicas)
         except InvalidArgument as error:
             self.unsent.append(Warmed(name, "failed", error=str(error)))
             return None
@@ -221,6 +232,7 @@ def _warmed(message: cache_pb2.WarmResponse) -> Warmed:
         cached_tokens=_known(message, "cached_tokens"),
         computed_tokens=_known(message, "computed_tokens"),
         error=message.error,
+        replicas=message.replicas or None,
     )
 
 

@@ -81,6 +81,7 @@ def test_json_has_a_line_per_prompt(address: str, tmp_path: Path) -> None:
         "cached_tokens": 0,
         "computed_tokens": tokens,
         "error": "",
+        "replicas": None,
     }
     assert results[2]["id"] == "empty" and results[2]["state"] == "failed" and "not be empty" in results[2]["error"]
     assert results[3]["prompt_tokens"] == tokens

@@ -1,0 +1,51 @@
+"""A gateway as a process: it starts, serves until it is told to end, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+import structlog
+
+from prefixcache import tls
+from prefixcache.routing.gateway import Gateway, Settings
+
+log = structlog.get_logger()
+
+
+async def serve(
+    settings: Settings, host: str, port: int, *, certificate: str = "", key: str = "", drain_seconds: float = 30.0
+) -> int:
+    """Serve until SIGTERM or SIGINT, and return the exit code.
+
+    The first signal drains; the second ends the process at once. Raises InvalidArgument for
+    settings or files of no use, FailedPrecondition if the port cannot be had.
+    """
+    gateway = Gateway(settings)
+    asked = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if asked.is_set():
+            log.warning(f"{number.name}: ending at once")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    name = f"[{host}]" if ":" in host else host
+    try:
+        port = await gateway.start(f"{name}:{port}", tls.server_credentials(certificate, key))
+        log.info(f"the gateway is at {name}:{port}", policy=settings.policy, tls=bool(certificate))
+        await asked.wait()
+        log.info(
+            f"shutting down: {gateway.active} calls may go on for {drain_seconds:g} seconds; a second signal ends them"
+        )
+        if not await gateway.drain(drain_seconds):
+            log.warning(f"{gateway.active} calls did not finish in time and are ended")
+    finally:
+        await gateway.stop()
+    log.info("shut down")
+    return 0
