@@ -13,7 +13,8 @@ that goes on from another's answer is sent when that answer has ended, if not la
 What the router knows is as late as in life: a replica renews its lease every 4 seconds, the
 router reads all leases every second, and Redis learns of a block half a second after it is
 there. *Own history* is the default policy without any of that: the router's memory alone,
-of the prompts it sent where. *Pooled* is one cache of the summed size that sees all
+of the prompts it sent where. *Product* is (tokens to compute) x (requests + 1), with the same
+knowledge as the default. *Pooled* is one cache of the summed size that sees all
 requests in the order of their arrival; it bounds the hit rate and has no times.
 """
 
@@ -42,7 +43,7 @@ from prefixcache.cache import PrefixCache
 from prefixcache.hints.schema import Lease, Load
 from prefixcache.naming import BlockNames
 from prefixcache.routing.memory import names_of
-from prefixcache.routing.policies import DEFAULT, POLICIES, Policy
+from prefixcache.routing.policies import DEFAULT, POLICIES, Candidate, Policy, round_robin
 from prefixcache.routing.router import Router, Sent, Wanted
 from prefixcache.tokens import TOKEN_BYTES
 
@@ -50,6 +51,7 @@ RENEWED = 4.0
 READ = 1.0
 LAG = 0.5
 OWN_HISTORY = "own history"
+PRODUCT = "product"
 NAMES = BlockNames(b"", b"", BLOCK)
 
 
@@ -85,7 +87,7 @@ def generated(requests: int) -> list[Job]:
     """Agents (two of three sessions) and chats, of `requests` turns in all.
 
     An agent begins with one of 64 system prompts of 1,000 to 6,000 tokens, chosen by Zipf's
-    law, and makes 3 to 20 calls, each with 50 to 800 tokens of results of tools. A chat
+    law, and makes 3 to 20 calls, each with 100 to 3,000 tokens of results of tools. A chat
     begins with one of four prompts of 300 tokens and has 1 to 12 turns of 20 to 400 tokens.
     """
     source = random.Random("agents and chats")
@@ -99,9 +101,9 @@ def generated(requests: int) -> list[Job]:
         agent = source.random() < 2 / 3
         history = source.choices(systems, cum_weights=workloads.zipf(64))[0] if agent else source.choice(chats)
         for turn in range(source.randint(3, 20) if agent else source.randint(1, 12)):
-            new = source.randint(50, 800) if agent else source.randint(20, 400)
+            new = source.randint(100, 3_000) if agent else source.randint(20, 400)
             prompt = history + source.randbytes(new * TOKEN_BYTES)
-            output = source.randbytes((source.randint(20, 200) if agent else source.randint(50, 500)) * TOKEN_BYTES)
+            output = source.randbytes((source.randint(20, 150) if agent else source.randint(50, 400)) * TOKEN_BYTES)
             turns.append((at, session, turn, prompt, output))
             history = prompt + output
             at += source.expovariate(200 if agent else 30)
@@ -300,19 +302,39 @@ class Simulation:
 
 # What is reported
 
+
+def product(wanted: Wanted, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """What the default policy is compared with; see there."""
+
+    def score(one: Candidate) -> tuple[int, int]:
+        return max(wanted.tokens - one.cached_tokens, 1) * (one.requests + 1), -one.room
+
+    return sorted(round_robin(wanted, candidates), key=score)
+
+
+COMPARED = {**POLICIES, OWN_HISTORY: POLICIES[DEFAULT], PRODUCT: product}
+HINTED = (DEFAULT, PRODUCT)
+"""Those that look at what replicas hold; the others need not be told."""
+
 Report = dict[str, Any]
 
 
 def simulate(jobs: Sequence[Job], replicas: int, machine: Machine, name: str, speed: float, routers: int) -> Report:
-    """Run one policy; `OWN_HISTORY` is the default one with the routers' memory alone."""
-    policy = POLICIES[DEFAULT if name == OWN_HISTORY else name]
-    needs = name == DEFAULT
-    return Simulation(jobs, replicas, machine, policy, hints=needs, routers=routers).run(speed).summary()
+    """Run one of COMPARED."""
+    hints = name in HINTED
+    return Simulation(jobs, replicas, machine, COMPARED[name], hints=hints, routers=routers).run(speed).summary()
 
 
 def measure(
-    jobs: Sequence[Job], sizes: Sequence[int], loads: Sequence[float], names: Sequence[str], machine: Machine,
-    routers: int, per_replica: int, least: int, progress: Progress,
+    jobs: Sequence[Job],
+    sizes: Sequence[int],
+    loads: Sequence[float],
+    names: Sequence[str],
+    machine: Machine,
+    routers: int,
+    per_replica: int,
+    least: int,
+    progress: Progress,
 ) -> list[Report]:
     """Simulate everything: for each number of replicas what is pooled, and each policy at each load."""
     task = progress.add_task("", total=len(sizes) * (1 + len(loads) * len(names)))
@@ -374,10 +396,10 @@ def main(
     sizes, loads = replicas or [2, 4, 16, 64], load or [0.3, 0.6, 0.9, 1.0]
     if quick:
         sizes, loads, per_replica, least = sizes[:2], loads[-2:], 20, 200
-    names = policy or [*POLICIES, OWN_HISTORY]
+    names = policy or [*COMPARED]
     for name in names:
-        if name not in POLICIES and name != OWN_HISTORY:
-            raise typer.BadParameter(f"there is no policy {name!r}; there are: {', '.join([*POLICIES, OWN_HISTORY])}")
+        if name not in COMPARED:
+            raise typer.BadParameter(f"there is no policy {name!r}; there are: {', '.join(COMPARED)}")
     console = wide_console()
     machine = Machine()
     count = max(per_replica * max(sizes), least)

@@ -91,6 +91,7 @@ class Running:
     position: int
     """Prompt tokens computed so far."""
 
+
 @dataclass
 class Ended:
     """What happened in a span: who got the first token (and how many tokens were cached), and who the last."""

@@ -15,6 +15,10 @@ from prefixcache.tokens import HASH_BYTES
 
 FIRST_BLOCKS = 16
 """How many blocks from the first say what a prompt is about, if nothing else does."""
+SAVING = 8
+"""How many waiting tokens it is worth not to compute one."""
+REQUEST_TOKENS = 250
+"""What a request costs those beside it, in tokens computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +94,28 @@ def rendezvous(key: bytes, candidates: Sequence[Candidate]) -> Sequence[Candidat
 
 
 def prefix(wanted: Wanted, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Least (tokens still to prefill) x (requests + 1)."""
+    """Least (tokens waiting there) + SAVING x (tokens it would compute + REQUEST_TOKENS x requests there).
+
+    All of it is work, counted in prompt tokens. Those that wait are computed before this
+    prompt, whoever gets it: they cost time once. What this prompt computes anew costs its own
+    time, that of all who come after it, and the room of blocks that another replica has
+    already; and each request makes the steps longer, and its end is far. Equal scores, as
+    those of a prompt that nobody knows, go to the replica with most room, in turn if equal.
+
+    SAVING is what keeps a prefix where it is: it spreads to a second replica when what
+    waits at the first exceeds that many times what it saves, and from then on both hold it
+    and share its requests by their load, so that it does not go back and forth.
+
+    The sum does what (tokens it would compute) x (requests + 1) is meant to do (D. Zhang et
+    al.: LMetric, arXiv 2603.15202), which knows nothing of how much is waiting: under load it
+    sends short prompts behind long ones. `benchmarks.bench_routing` compares the two.
+    """
     return sorted(
         round_robin(wanted, candidates),
-        key=lambda one: ((wanted.tokens - one.cached_tokens) * (one.requests + 1), -one.room),
+        key=lambda one: (
+            one.waiting_tokens + SAVING * (max(wanted.tokens - one.cached_tokens, 1) + REQUEST_TOKENS * one.requests),
+            -one.room,
+        ),
     )
 
 
