@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prefixcache.tokens import HASH_BYTES, TOKEN_BYTES, chain_hashes, root_hash
 
@@ -18,7 +18,7 @@ class BlockNames:
     """
 
     fingerprint: bytes
-    secret: bytes
+    secret: bytes = field(repr=False)
     block_size: int
     shared: str = "published"
 

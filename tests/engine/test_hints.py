@@ -15,6 +15,7 @@ from engine.config import load
 from prefixcache.cli import app
 from prefixcache.client import Client
 from prefixcache.errors import InvalidArgument
+from prefixcache.hints import publisher
 from prefixcache.hints.schema import Group
 from prefixcache.local import LocalServer
 from prefixcache.results import Lookup, ReplicaPrefix
@@ -93,6 +94,21 @@ def test_watchers_of_events_and_redis_are_told_alike(redis: RedisServer) -> None
         client.generate([2, *PROMPT], max_tokens=1)
         assert len(cached(server)) == 18 * HASH_BYTES
         wait_until(lambda: publishes_exactly(redis, server))
+
+
+def test_what_was_too_much_to_note_is_published_from_the_cache(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no room at all for changes, each has the engine asked for all that is stored, and nothing is missing."""
+    monkeypatch.setattr(publisher, "BUFFER_BYTES", 0)
+    with RunningServer(PaperEngine(blocks=48), redis=redis.url) as server, Client(server.address) as client:
+        for number in range(12):
+            client.generate([number, *PROMPT], max_tokens=1)
+        assert server.stats().cache.evicted > 0
+        wait_until(lambda: publishes_exactly(redis, server))
+        client.invalidate(everything=True)
+        wait_until(lambda: publishes_exactly(redis, server))
+        server.check()
 
 
 def test_the_lease_says_who_and_how_busy(redis: RedisServer) -> None:
