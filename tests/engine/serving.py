@@ -33,7 +33,7 @@ class RunningServer:
 
     def __init__(self, load_with: Load = load_engine, **options: object) -> None:
         self._load = load_with
-        self._config: EngineConfig = load({}, port=0, **{"threads": 1, **options})
+        self._config: EngineConfig = load({}, **{"port": 0, "threads": 1, **options})
         self._listening = threading.Event()
         self._started = threading.Event()
         self._failure: BaseException | None = None

@@ -52,6 +52,14 @@ class RunningGateway:
     def drain(self, seconds: float) -> bool:
         return asyncio.run_coroutine_threadsafe(self.gateway.drain(seconds), self.loop).result(60)
 
+    def stop(self) -> None:
+        """End it now, whatever is in progress."""
+        asyncio.run_coroutine_threadsafe(self.gateway.stop(), self.loop).result(60)
+
+    def lose(self, replica_id: str) -> None:
+        """Do what is done when a replica has not said for too long how it is."""
+        self.loop.call_soon_threadsafe(self.gateway.fleet.get(replica_id).lose)
+
     def serving(self) -> list[str]:
         """The replicas that take requests, as the gateway knows them."""
         return [replica.id for replica in self.gateway.fleet.all if replica.serving]
