@@ -22,7 +22,7 @@ from benchmarks.serving.traffic import Ttft
 # Okabe and Ito's colours, which stay apart for colour-blind readers, without the yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +40,7 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     """One panel per report, side by side. Raises ValueError if one of them has no plot."""
     for report in reports:
         check(report)
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, panels = pyplot.subplots(1, len(reports), figsize=(9 * len(reports), 5), squeeze=False)
         for panel, report in zip(panels[0], reports, strict=True):
             _PANELS[report["scenario"]](panel, report)
