@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_routing
-from benchmarks.bench_routing import COMPARED, DEFAULT, Simulation, generated, pooled, recorded, replay
+from benchmarks.bench_routing import COMPARED, Simulation, generated, pooled, recorded, replay
 from benchmarks.replicas import BLOCK, Job, Machine, Replica, Told
 from prefixcache.cache import PrefixCache
 from prefixcache.routing.memory import names_of
-from prefixcache.routing.policies import POLICIES
+from prefixcache.routing.policies import DEFAULT, POLICIES
 
 SMALL = Machine(blocks=4_000, max_running=16, max_waiting=200)
 
