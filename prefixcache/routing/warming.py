@@ -162,10 +162,10 @@ class _Lane:
             return await answer
 
     async def end(self) -> None:
-        """Say that there are no more prompts and wait for the end. Raises Refused."""
+        """Say that there are no more prompts and wait for the end. Raises Refused, unless others have done the rest."""
         await self._call.done_writing()
         await self._reading
-        if self._failure is not None:
+        if self._failure is not None and not self._failure.unreachable:
             raise self._failure
 
     def close(self) -> None:
