@@ -120,3 +120,14 @@ def test_warm_pin_forget(address: str) -> None:
     ((ended,), (freed,)) = (*counts(rf"^end +{NUMBER} blocks", output), *counts(rf"^forget +{NUMBER} blocks", output))
     assert 0 < ended < freed
     assert "has been invalidated" in output
+
+
+def test_two_replicas() -> None:
+    """Each group is on one replica, both are used, and everybody's second turn is where the first was."""
+    output = run("two_replicas.py")
+    rows = re.findall(r"^([12]) +(\w+) +(\w+) +(one|two) +([\d,]+) +([\d,]+) +[\d,]+ *$", output, re.MULTILINE)
+    assert len(rows) == 16
+    places = {(group, replica) for _, group, _, replica, _, _ in rows}
+    assert places in ({("rental", "one"), ("workshop", "two")}, {("rental", "two"), ("workshop", "one")})
+    assert "8 of 8 agents went on where they had begun." in output
+    assert "There is no redis-server here" not in output
