@@ -5,9 +5,9 @@ And what may stand between it and a client: a line that is slow, or one with TLS
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -54,7 +53,11 @@ class RedisServer:
         self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._folder.cleanup()
+            raise
         return self
 
     def __exit__(
@@ -126,64 +129,70 @@ class Line:
     """
 
     def __init__(self, port: int, certificate: Path | None = None, key: Path | None = None) -> None:
-        self.port = free_port()
         self.delay = 0.0
         self._target = port
         self._context: ssl.SSLContext | None = None
         if certificate is not None:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._context.load_cert_chain(certificate, key)
-        self._open: set[asyncio.StreamWriter] = set()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        self._open: set[socket.socket] = set()
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._accept)]
+
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        return len(self._open)
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        assert self._ready.wait(START_SECONDS)
+        self._threads[0].start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join()
+        self._ended.set()
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()  # from here on there are no new ones
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        self._listening.close()
 
     def cut(self) -> None:
         """End all connections there are."""
+        for client in list(self._open):
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
 
-        def close() -> None:
-            for writer in self._open:
-                writer.transport.abort()
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                self._open.add(client)
+                self._threads.append(threading.Thread(target=self._connect, args=(client,)))
+                self._threads[-1].start()
 
-        self._loop.call_soon_threadsafe(close)
+    def _connect(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self._target)) as server:
+            if self._context is None:
+                self._pass(client, server)
+            else:
+                with self._context.wrap_socket(client.dup(), server_side=True) as encrypted:
+                    self._pass(encrypted, server)
+        self._open.discard(client)
 
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._end = asyncio.Event()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, ssl=self._context)
-        self._ready.set()
-        await self._end.wait()
-        server.close()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        except OSError:
-            writer.transport.abort()
-            return
-        self._open |= {writer, back}
-        try:
-            await asyncio.gather(self._pass(reader, back, lambda: self.delay), self._pass(there, writer, lambda: 0.0))
-        finally:
-            self._open -= {writer, back}
-
-    async def _pass(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: Callable[[], float]
-    ) -> None:
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            while data := await reader.read(1 << 16):
-                if delay():
-                    await asyncio.sleep(delay())
-                writer.write(data)
-                await writer.drain()
-        writer.transport.abort()
+    def _pass(self, client: socket.socket, server: socket.socket) -> None:
+        while not self._ended.is_set():
+            waiting = isinstance(client, ssl.SSLSocket) and client.pending()
+            ready = [client] if waiting else select.select([client, server], [], [])[0]
+            for source, target in ((client, server), (server, client)):
+                if source in ready:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    if source is client and self.delay:
+                        self._ended.wait(self.delay)
+                    target.sendall(data)

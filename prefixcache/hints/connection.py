@@ -13,10 +13,11 @@ anything twice: who asks Redis decides whether there is time for that.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -138,6 +139,18 @@ def explained(where: str) -> Iterator[None]:
         raise NoHints(f"Redis at {where} {_reason(error)}") from error
 
 
+async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks that may be asking Redis, and return when they have ended.
+
+    A cancellation that meets a timeout of zero, which redis-py has, is lost: then once more.
+    """
+    going_on = set(tasks)
+    while going_on:
+        for task in going_on:
+            task.cancel()
+        _, going_on = await asyncio.wait(going_on, timeout=0.02)
+
+
 @cache
 def _digest(script: str) -> str:
     return sha1(script.encode(), usedforsecurity=False).hexdigest()
@@ -254,7 +267,6 @@ _SAID = {
 
 def _reason(error: Exception) -> str:
     """Return what goes on after "Redis at URL"."""
-    origin = error.__cause__ or error.__context__
     said = _said(error)
     if isinstance(error, RedisTimeoutError | TimeoutError):
         return "does not answer in time"
@@ -273,7 +285,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ResponseError):
         known = next((words for code, words in _SAID.items() if re.search(rf"\b{code}\b", said)), None)
         return known or f"answers with an error ({said})"
-    for cause in (error, origin):
+    for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"has a certificate that is not trusted, see ssl_ca_certs ({cause.verify_message})"
         if isinstance(cause, ssl.SSLError):
@@ -285,6 +297,13 @@ def _reason(error: Exception) -> str:
         if isinstance(cause, socket.gaierror):
             return "has a host name that is not known"
     return f"cannot be reached ({said})"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, one after the other."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _said(error: Exception) -> str:

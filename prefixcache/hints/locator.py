@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from prefixcache.errors import InvalidArgument
 from prefixcache.hints import schema
-from prefixcache.hints.connection import NoHints, call, close, explained, open_redis, shown
+from prefixcache.hints.connection import NoHints, call, close, end, explained, open_redis, shown
 from prefixcache.hints.schema import DEFAULT_PREFIX, Group, Keys, Lease
 from prefixcache.hints.table import query
 
@@ -99,9 +99,7 @@ class Locator:
 
     async def close(self) -> None:
         """Give up what is still going on, and close the connections."""
-        for going_on in self._calls:
-            going_on.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await end(self._calls)
         with explained(self._where):
             await close(self._redis)
 

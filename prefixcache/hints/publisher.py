@@ -32,7 +32,7 @@ from typing import Literal
 import structlog
 
 from prefixcache.hints import schema
-from prefixcache.hints.connection import NoHints, call, close, explained, open_redis, shown
+from prefixcache.hints.connection import NoHints, call, close, end, explained, open_redis, shown
 from prefixcache.hints.schema import DEFAULT_PREFIX, Group, Keys, Lease, Load, checked_name
 from prefixcache.hints.table import BUCKET_BYTES, Table
 from prefixcache.lease import CacheEvent, Stored
@@ -218,9 +218,7 @@ class Publisher:
         done, _ = await asyncio.wait([ending, *tasks], return_when=asyncio.FIRST_COMPLETED)
         for task in done - {ending}:
             log.error("hints have ended by a bug; requests are served as ever", exc_info=task.exception())
-        for task in (ending, *tasks):
-            task.cancel()
-        await asyncio.gather(ending, *tasks, return_exceptions=True)
+        await end([ending, *tasks])
         with contextlib.suppress(NoHints, TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 if self._own:

@@ -100,7 +100,10 @@ class Replica:
         lease = self.lease(client, prefix)
         if lease is None:
             return False
-        table = table_of(client, lease, prefix)
+        try:
+            table = table_of(client, lease, prefix)
+        except redis.RedisError:
+            return False
         stored = b"".join(self.stored)
         return all(table.holds(stored)) and marks(table.data) == Counter(block[4:8] for block in each(stored))
 

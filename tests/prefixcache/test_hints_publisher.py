@@ -64,8 +64,7 @@ def test_what_is_stored_is_in_redis_and_what_is_removed_is_not(server: RedisServ
             if seed >= 3:
                 replica.remove(chain(seed - 3))
         until(lambda: replica.is_complete(client))
-        assert replica.publisher.status.current
-        assert replica.publisher.status.blocks == 900
+        until(lambda: replica.publisher.status.current and replica.publisher.status.blocks == 900)
         assert replica.publisher.status.republished == 0
 
 
@@ -383,8 +382,8 @@ def test_a_loss_is_noticed_although_nothing_is_stored(server: RedisServer, clien
         replica.store(chain(1))
         until(lambda: replica.is_complete(client))
         _lose_the_table(server, client, replica)
+        until(lambda: replica.publisher.status.republished == 1)
         until(lambda: replica.is_complete(client))
-        assert replica.publisher.status.republished == 1
 
 
 def _refused(server: RedisServer, client: redis.Redis) -> Iterator[str]:
@@ -480,8 +479,7 @@ def test_a_slow_redis_costs_only_time(server: RedisServer, client: redis.Redis) 
         line.delay = 0.1
         for seed in range(200):
             replica.store(chain(seed, 10))
-        until(lambda: replica.is_complete(client))
-        assert replica.publisher.status.current
+        until(lambda: replica.is_complete(client) and replica.publisher.status.current)
 
 
 def test_calls_without_an_answer_are_made_good(
