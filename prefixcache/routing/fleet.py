@@ -247,12 +247,17 @@ class Fleet:
             known.lease, known.listed = lease, now
 
     def _forget(self, listed: set[str], now: float) -> None:
-        """Let go of those that Redis does not know any more and that do not answer, or have not come back."""
+        """Let go of those that Redis does not know any more and that do not answer, or have not come back.
+
+        If it knows nobody at all, it may be Redis that has lost its replicas: whoever answers stays.
+        """
         for replica in self.all:
             if replica.fixed or replica.id in listed:
                 continue
-            if not replica.serving or now - replica.listed > replica.lease.lease_seconds:
+            gone = bool(listed) and now - replica.listed > replica.lease.lease_seconds
+            if gone or not replica.serving:
                 self._remove(replica, "its lease has ended")
+                replica.lose()  # it may stand still, and nobody asks it any more how it is
 
     def _adopt_names(self) -> None:
         """Call replicas that were named by an address as they call themselves."""
