@@ -132,6 +132,7 @@ def route(
         from prefixcache import logs
         from prefixcache.routing.gateway import Settings
         from prefixcache.routing.serving import serve
+        from prefixcache.tls import server_credentials
     except ImportError as error:
         raise not_installed(error, "a gateway", "route") from None
     from prefixcache.channel import TLS
@@ -150,10 +151,11 @@ def route(
         policy=policy,
         tls=way,
     )
-    logs.configure(log_level, log_format)
     try:
-        serving = serve(settings, host, port, certificate=tls_certificate, key=tls_key, drain_seconds=drain_seconds)
-        raise typer.Exit(asyncio.run(serving))
+        settings.check()
+        credentials = server_credentials(tls_certificate, tls_key)
+        logs.configure(log_level, log_format)
+        raise typer.Exit(asyncio.run(serve(settings, host, port, credentials, drain_seconds)))
     except InvalidArgument as error:
         terminal.error(str(error))
         raise typer.Exit(2) from None

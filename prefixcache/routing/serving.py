@@ -7,21 +7,21 @@ import os
 import signal
 import sys
 
+import grpc
 import structlog
 
-from prefixcache import tls
 from prefixcache.routing.gateway import Gateway, Settings
 
 log = structlog.get_logger()
 
 
 async def serve(
-    settings: Settings, host: str, port: int, *, certificate: str = "", key: str = "", drain_seconds: float = 30.0
+    settings: Settings, host: str, port: int, credentials: grpc.ServerCredentials | None, drain_seconds: float
 ) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit code.
+    """Serve until SIGTERM or SIGINT, and return the exit code; in plaintext without `credentials`.
 
     The first signal drains; the second ends the process at once. Raises InvalidArgument for
-    settings or files of no use, FailedPrecondition if the port cannot be had.
+    settings of no use, FailedPrecondition if the port cannot be had.
     """
     gateway = Gateway(settings)
     asked = asyncio.Event()
@@ -37,8 +37,8 @@ async def serve(
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     name = f"[{host}]" if ":" in host else host
     try:
-        port = await gateway.start(f"{name}:{port}", tls.server_credentials(certificate, key))
-        log.info(f"the gateway is at {name}:{port}", policy=settings.policy, tls=bool(certificate))
+        port = await gateway.start(f"{name}:{port}", credentials)
+        log.info(f"the gateway is at {name}:{port}", policy=settings.policy, tls=credentials is not None)
         await asked.wait()
         log.info(
             f"shutting down: {gateway.active} calls may go on for {drain_seconds:g} seconds; a second signal ends them"

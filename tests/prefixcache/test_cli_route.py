@@ -128,7 +128,6 @@ def test_both_ways_are_encrypted(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ((), "say where the replicas are"),
-        (("--redis", "http://x"), "is no URL of a Redis"),
         (("--replica", "nowhere"), "'nowhere' has no port"),
         (("--replica", "a:1", "--policy", "best"), "there is no policy 'best'; there are prefix"),
         (("--replica", "a:1", "--group", "x"), "is no group of replicas"),
@@ -137,26 +136,33 @@ def test_both_ways_are_encrypted(tmp_path: Path) -> None:
         (("--replica", "a:1", "--ca", "/nowhere"), "does not exist"),
     ],
 )
-def test_options_of_no_use_are_named(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+def test_options_of_no_use_are_named(options: tuple[str, ...], message: str) -> None:
     """Exit code 2, nothing is started."""
-    done = subprocess.run(
-        command("route", *options), env=environment(COLUMNS="300"), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
+    done = run("route", *options, COLUMNS="300")
+    assert (done.exit_code, done.stdout) == (2, "")
     assert message in words(done.stderr)
-    assert "Traceback" not in done.stderr
 
 
-def test_a_port_that_is_taken() -> None:
-    """Exit code 1 and what to do."""
-    with RunningServer(PaperEngine()) as replica:
-        port = replica.address.rpartition(":")[2]
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--redis", "http://x"), 2, "is no URL of a Redis"),
+        (("--replica", "127.0.0.1:1", "--port", "TAKEN"), 1, "is another server running there? Choose another --port"),
+    ],
+)
+def test_what_cannot_be_started_ends_with_one_line(options: tuple[str, ...], code: int, message: str) -> None:
+    """No traceback; a mistake in an option is told from what this machine cannot do."""
+    with RunningServer(PaperEngine()) as other:
+        taken = other.address.rpartition(":")[2]
+        arguments = [taken if option == "TAKEN" else option for option in options]
         done = subprocess.run(
-            command("route", "--replica", replica.address, "--port", port),
+            command("route", *arguments),
             env=environment(),
             capture_output=True,
             text=True,
             timeout=60,
+            check=False,
         )
-    assert done.returncode == 1
-    assert "is another server running there? Choose another --port" in words(done.stderr)
+    assert done.returncode == code
+    assert message in words(done.stderr)
+    assert "Traceback" not in done.stderr
