@@ -161,7 +161,7 @@ def replay(cache: PrefixCache, job: Job) -> int:
 
 @dataclass
 class Outcome:
-    """What came of every request."""
+    """What came of every request. `busy` is what each replica computed until the last one was due, in `seconds`."""
 
     requests: int = 0
     rejected: int = 0
@@ -182,8 +182,8 @@ class Outcome:
             "ttft mean s": sum(self.ttft) / len(self.ttft),
             "ttft p50 s": percentile(self.ttft, 50) or 0.0,
             "ttft p99 s": percentile(self.ttft, 99) or 0.0,
-            "imbalance": max(self.busy) / mean_busy,
-            "busy": mean_busy / self.seconds,
+            "imbalance": max(self.busy) / mean_busy if mean_busy else 1.0,
+            "busy": mean_busy / self.seconds if self.seconds else 0.0,
             "rejected": self.rejected,
             "requests": self.requests,
         }
@@ -221,6 +221,7 @@ class Simulation:
     def run(self, speed: float) -> Outcome:
         """Send every request at its time divided by `speed`, or when what it goes on from has ended. Once only."""
         self._speed = speed
+        self._at(self.jobs[-1].at / speed, self._take_stock)
         for job in self.jobs:
             if job.after is None:
                 self._at(job.at / speed, partial(self._arrive, job))
@@ -230,14 +231,15 @@ class Simulation:
         for number in range(count):
             self._at(RENEWED * number / count, partial(self._renew, number))
         self._read(0.0)
-        now = 0.0
         while self._open:
             now, _, happen = heapq.heappop(self._events)
             happen(now)
         self.outcome.requests = len(self.jobs)
-        self.outcome.seconds = now
-        self.outcome.busy = [replica.busy for replica in self.replicas]
         return self.outcome
+
+    def _take_stock(self, now: float) -> None:
+        self.outcome.seconds = now
+        self.outcome.busy = [replica.busy_until(now) for replica in self.replicas]
 
     def _at(self, when: float, happen: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (when, next(self._order), happen))

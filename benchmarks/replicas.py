@@ -136,6 +136,10 @@ class Replica:
             cached_tokens=self.cached_tokens,
         )
 
+    def busy_until(self, now: float) -> float:
+        """Return for how many seconds it has computed so far."""
+        return self.busy + (now - self._span[0] if self._span else 0.0)
+
     def plan(self, now: float) -> float | None:
         """Begin what comes next; return when it ends, or None if there is nothing to do.
 

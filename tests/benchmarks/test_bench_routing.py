@@ -35,6 +35,7 @@ def test_every_request_is_accounted_for(name: str, jobs: list[Job]) -> None:
     assert sum(replica.prompt_tokens for replica in simulation.replicas) == outcome.prompt_tokens
     assert sum(replica.cached_tokens for replica in simulation.replicas) == outcome.cached_tokens > 0
     assert all(time > 0 for time in outcome.ttft)
+    assert len(outcome.busy) == 3 and outcome.seconds == pytest.approx(jobs[-1].at / 0.05)
     assert all(0 < busy <= outcome.seconds for busy in outcome.busy)
     for replica in simulation.replicas:
         replica.cache.check()
