@@ -7,15 +7,12 @@ Without one it is told their addresses, and goes by what it has sent where itsel
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -23,8 +20,8 @@ from rich.text import Text
 
 from _server import console, handbook
 from prefixcache.client import Client
-from prefixcache.errors import NotFound, PrefixCacheError, Unavailable
-from prefixcache.local import LocalServer, free_port
+from prefixcache.errors import FailedPrecondition, NotFound, PrefixCacheError, Unavailable
+from prefixcache.local import LocalRedis, LocalServer, free_port
 from prefixcache.requests import Prompt
 from prefixcache.results import Completion
 
@@ -50,22 +47,15 @@ AGENTS = [
 
 @contextlib.contextmanager
 def redis_server() -> Iterator[str | None]:
-    """Start a redis-server and yield its URL; None if there is none on PATH or beside this Python."""
-    beside = Path(sys.executable).with_name("redis-server")
-    program = shutil.which("redis-server") or (str(beside) if beside.exists() else None)
-    if program is None:
+    """Start a redis-server and yield its URL; None if there is none on this machine."""
+    try:
+        server = LocalRedis()
+    except FailedPrecondition:
         console.print("There is no redis-server here: the gateway is told where the replicas are.", style="dim")
         yield None
         return
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            yield f"redis://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
+    with server:
+        yield server.url
 
 
 @contextlib.contextmanager

