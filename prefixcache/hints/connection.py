@@ -274,6 +274,8 @@ def _reason(error: Exception) -> str:
         return _SAID["LOADING"]
     if isinstance(error, OutOfMemoryError):
         return _SAID["OOM"]
+    if "unauthenticated" in said:  # of a command that is long
+        return _SAID["NOAUTH"]
     if isinstance(error, AuthenticationError):
         return _SAID["NOAUTH"] if "required" in said else _SAID["WRONGPASS"]
     if isinstance(error, NoPermissionError) or "NOPERM" in said or "can't run this command" in said:

@@ -81,8 +81,10 @@ class Locator:
     async def find(self, group: Group, hashes: bytes, leases: Sequence[Lease]) -> dict[str, int]:
         """Return how many of a prompt's blocks, from the first, each of those replicas holds, by replica id.
 
-        `hashes` are 16 bytes per block. One round trip. For about a second after a failure
-        it raises at once, so that not every request waits for what does not come.
+        Left out are those of which Redis has nothing, as when it has lost it, or they have
+        a new lease: what they hold is not known. `hashes` are 16 bytes per block. One round
+        trip. For about a second after a failure it raises at once, so that not every
+        request waits for what does not come.
         """
         if not leases:
             return {}
@@ -95,7 +97,7 @@ class Locator:
             self._ask_again_at = now + PAUSE_SECONDS  # the others go on without
         keys = [self._keys.table(group, lease.replica_id, lease.nonce) for lease in leases]
         found = await self._within(lambda: call(self._redis, schema.FIND, keys, [query(hashes)]))
-        return {lease.replica_id: int(blocks) for lease, blocks in zip(leases, found, strict=True)}
+        return {lease.replica_id: blocks for lease, blocks in zip(leases, map(int, found), strict=True) if blocks >= 0}
 
     async def close(self) -> None:
         """Give up what is still going on, and close the connections."""

@@ -122,6 +122,7 @@ class Publisher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken = False
         self._inbox = _Inbox()
+        self._process = secrets.token_hex(8)
         self._draining = False
         self._ended = threading.Event()
         # From here on for the publisher's thread only.
@@ -343,6 +344,7 @@ class Publisher:
             published=self._published,
             draining=self._told_draining,
             lease_seconds=self._lease_seconds,
+            process=self._process,
         )
         return lease.payload()
 

@@ -121,6 +121,8 @@ class Lease:
     draining: bool = False
     """Serves what it has accepted and takes nothing new."""
     lease_seconds: float = 12.0
+    process: str = ""
+    """Drawn by each process: what it has cached is there as long as it is, whatever becomes of its leases."""
     age: float = 0.0
 
     def payload(self) -> str:
@@ -273,6 +275,7 @@ FIND = f"""
 -- How many of a prompt's blocks, from the first, are in each of several tables. KEYS: tables. ARGV:
 -- the blocks, 8 bytes each (see `query`). What a replica holds of a chain is a beginning of it, so
 -- its end is found by halving; replicas often hold the same, so the last one's end is tried first.
+-- -1 for a table that is not there.
 local names = ARGV[1]
 local blocks = #names / 8
 local found, guess = {{}}, 0
@@ -309,7 +312,7 @@ for owner = 1, #KEYS do
     local middle = math.ceil((low + high) / 2)
     if has(middle) then low = middle else high = middle - 1 end
   end
-  found[owner] = low
+  found[owner] = buckets > 0 and low or -1
   if low > 0 then guess = low end
 end
 return found

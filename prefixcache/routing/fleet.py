@@ -79,6 +79,7 @@ class Fleet:
         self._look_again = asyncio.Event()
         self._ready = asyncio.Event()
         self._complaint = ""
+        self._nobody_at = 0.0
         self._refused: dict[str, str] = {}
 
     def start(self) -> None:
@@ -177,6 +178,8 @@ class Fleet:
     async def _look_once(self) -> None:
         listed = await self._listed()
         now = clock()
+        if not listed:
+            self._nobody_at = now
         if listed is not None:
             for lease in listed:
                 self._see(lease, now)
@@ -249,12 +252,12 @@ class Fleet:
     def _forget(self, listed: set[str], now: float) -> None:
         """Let go of those that Redis does not know any more and that do not answer, or have not come back.
 
-        If it knows nobody at all, it may be Redis that has lost its replicas: whoever answers stays.
+        If it knew nobody at all, or could not be asked, those who answer have a lease's time from then on to come back.
         """
         for replica in self.all:
             if replica.fixed or replica.id in listed:
                 continue
-            gone = bool(listed) and now - replica.listed > replica.lease.lease_seconds
+            gone = now - max(replica.listed, self._nobody_at) > replica.lease.lease_seconds
             if gone or not replica.serving:
                 self._remove(replica, "its lease has ended")
                 replica.lose()  # it may stand still, and nobody asks it any more how it is

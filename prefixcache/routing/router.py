@@ -50,10 +50,10 @@ class Router:
         self._ranked: tuple[Wanted | None, dict[str, int]] = (None, {})
 
     def update(self, leases: Sequence[Lease], now: float) -> None:
-        """These replicas live, and no others. One with a new nonce is a new one."""
+        """These replicas live, and no others. Of one that is a new process nothing is remembered."""
         for lease in leases:
             known = self._replicas.get(lease.replica_id)
-            if known is None or known.lease.nonce != lease.nonce:
+            if known is None or _process(known.lease) != _process(lease):
                 known = _Replica(lease, self._memory_blocks)
                 self._replicas[lease.replica_id] = known
             known.hear(lease, now)
@@ -174,6 +174,8 @@ class _Replica:
     def hear(self, lease: Lease, now: float) -> None:
         """Take in a lease, which may be one seen before. What it counts beyond this router's own is others'."""
         before, self.lease, self.heard = self.lease, lease, now
+        if lease.nonce != before.nonce:  # it is back
+            self.failures, self.avoided_until = 0, -math.inf
         stated_at = now - lease.age
         if lease.load == before.load and abs(stated_at - self._stated_at) < 0.5:
             return
@@ -213,6 +215,11 @@ class _Replica:
             room=load.free + load.cached - self.taken,
             blocks=self.lease.blocks,
         )
+
+
+def _process(lease: Lease) -> str:
+    """What tells one process of a replica from another; one that does not say has a lease of its own at least."""
+    return lease.process or lease.nonce
 
 
 def _length(wanted: Wanted, block_size: int) -> int:

@@ -131,6 +131,19 @@ def test_a_new_nonce_voids_what_was_remembered() -> None:
     assert router.in_flight("a") == 0 and shown(router, seen, prompt(1), None, 3.0) == {"a": 0}
 
 
+def test_a_process_with_a_new_lease_is_the_same() -> None:
+    """When Redis has lost its lease, what it has cached is still there; another process has it not."""
+    seen = Seen()
+    router = Router(seen)
+    router.update([replace(lease("a", "first"), process="one")], 0.0)
+    router.sent("a", prompt(1), 0.0)
+    router.update([replace(lease("a", "second"), process="one")], 1.0)
+    assert shown(router, seen, prompt(1), None, 1.0) == {"a": 100}
+    assert router.in_flight("a") == 1
+    router.update([replace(lease("a", "third"), process="two")], 2.0)
+    assert shown(router, seen, prompt(1), None, 2.0) == {"a": 0}
+
+
 def test_a_lease_that_was_missing_for_a_moment_is_taken_up_again() -> None:
     """With the same nonce it is the same process; one that is away for long is forgotten."""
     seen = Seen()
@@ -255,6 +268,20 @@ def test_a_renewed_process_is_not_avoided() -> None:
     router.failed("a", 0.0)
     router.update([lease("a", "another"), lease("b")], 0.1)
     assert sorted(router.rank(prompt(1), None, 0.1)) == ["a", "b"]
+
+
+def test_a_process_that_has_a_lease_again_keeps_its_cache_and_is_not_avoided() -> None:
+    """It stood still for longer than its lease, say: a new nonce, the same blocks, the same requests."""
+    seen = Seen()
+    router = Router(seen)
+    router.update([replace(lease("a"), process="p"), lease("b")], 0.0)
+    sent = router.sent("a", prompt(1), 0.0)
+    router.failed("a", 0.5)
+    router.update([replace(lease("a", "another"), process="p"), lease("b")], 0.6)
+    assert shown(router, seen, prompt(1), None, 0.6) == {"a": 100, "b": 0}
+    assert router.in_flight("a") == 1
+    sent.done(1.0)
+    assert router.in_flight("a") == 0
 
 
 def test_if_all_are_avoided_the_one_that_failed_least_recently_is_tried() -> None:

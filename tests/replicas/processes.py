@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +138,12 @@ class Served:
     def kill(self) -> None:
         self.process.kill()
 
+    def listens(self) -> bool:
+        """Whether its port is open."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+        return False
+
     def _serves(self, client: Client) -> bool:
         assert self.process.running, self.process.log()[-2000:]
         with contextlib.suppress(Exception):
@@ -177,6 +184,12 @@ class Replica(Served):
         """How many whole blocks of a prompt are cached, as the engine says."""
         with Client(self.address) as client:
             return client.lookup(prompt, timeout=20).cached_tokens // BLOCK
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits or runs, and no block is in use."""
+        with Client(self.address) as client:
+            stats = client.stats(timeout=20)
+        return stats.requests.waiting == stats.requests.running == stats.blocks.leased == 0
 
     def hashes(self, prompt: list[int], metadata: tuple[tuple[str, str | bytes], ...] = ()) -> bytes:
         """Return the names of a prompt's blocks."""
@@ -242,12 +255,15 @@ class Deployment:
             self._begin(replica)
         return [replica.wait() for replica in started]
 
-    def gateway(self, *arguments: str, port: int = 0) -> Gateway:
-        """Start a gateway, and wait until it sends to a replica at least."""
+    def gateway(self, *arguments: str, port: int = 0, ready: bool = True) -> Gateway:
+        """Start a gateway, and wait until it sends to a replica, if it is to be `ready`, or else can be asked."""
         log = self._directory / f"gateway-{len(self._all)}.log"
         gateway = Gateway(self._nursery, log, arguments, port)
         self._begin(gateway)
-        return gateway.wait()
+        if ready:
+            return gateway.wait()
+        until(gateway.listens, "that the gateway listens")
+        return gateway
 
     def _begin(self, served: Served) -> None:
         self._all.append(served)
