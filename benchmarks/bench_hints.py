@@ -19,10 +19,6 @@ import asyncio
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import describe, machine, wide_console
+from prefixcache.errors import FailedPrecondition
 from prefixcache.hints import schema
 from prefixcache.hints.connection import NoHints
 from prefixcache.hints.locator import Locator
@@ -45,7 +42,7 @@ from prefixcache.hints.publisher import Publisher
 from prefixcache.hints.schema import Group, Keys, Lease, Load
 from prefixcache.hints.table import query
 from prefixcache.lease import Stored
-from prefixcache.local import free_port
+from prefixcache.local import LocalRedis
 from prefixcache.tokens import HASH_BYTES
 
 BLOCK = 16
@@ -61,26 +58,14 @@ WAIT_SECONDS = 120.0
 
 
 @contextmanager
-def running(program: str) -> Iterator[str]:
+def local_redis(program: str | None) -> Iterator[str]:
     """Run a Redis that writes nothing to disk; yield its URL."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            with redis.Redis(port=port) as client:
-                until(lambda: process.poll() is None and _answers(client))
-            yield f"redis://127.0.0.1:{port}"
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _answers(client: redis.Redis) -> bool:
     try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
+        server = LocalRedis(program=program)
+    except FailedPrecondition as error:
+        raise typer.BadParameter(str(error)) from None
+    with server:
+        yield server.url
 
 
 def until(condition: Callable[[], object], pause: float = 0.001) -> None:
@@ -386,18 +371,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _program(given: Path | None) -> str:
-    """Return the Redis to measure: the one that was named, or one on PATH or beside this Python."""
-    if given is not None:
-        return str(given)
-    beside = Path(sys.executable).with_name("redis-server")
-    found = shutil.which("redis-server") or (str(beside) if beside.exists() else None)
-    if found is None:
-        raise typer.BadParameter("there is no redis-server on PATH: name one with --redis-server")
-    return found
-
-
-Server = Annotated[Path | None, typer.Option("--redis-server", help="The redis-server to measure.", exists=True)]
+Server = Annotated[str | None, typer.Option("--redis-server", help="The program; the one on PATH by default.")]
 Output = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 Quick = Annotated[bool, typer.Option(help="A tenth of everything, to see that it runs.")]
 
@@ -409,7 +383,7 @@ def main(redis_server: Server = None, output: Output = None, quick: Quick = Fals
     sizes = [10_000, 100_000] if quick else [100_000, 1_000_000]
     samples = 100 if quick else 1_000
     where = machine()
-    with running(_program(redis_server)) as url, redis.Redis.from_url(url, protocol=2) as client:
+    with local_redis(redis_server) as url, redis.Redis.from_url(url, protocol=2) as client:
         server = client.info()
         where["redis"] = f"{server['redis_version']}, {server['mem_allocator']}"
         console.print(f"{describe(where)}; Redis {where['redis']}")

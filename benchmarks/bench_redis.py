@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import signal
 import statistics
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -86,7 +84,7 @@ def state(name: str, redis: LocalRedis, way: Way) -> Iterator[None]:
     """Bring Redis into a state, and make it well again."""
     match name:
         case "hangs":
-            os.kill(redis.process.pid, signal.SIGSTOP)
+            redis.pause()
         case "2 s per answer":
             way.delay = SLOW_SECONDS
         case "gone":
@@ -96,7 +94,7 @@ def state(name: str, redis: LocalRedis, way: Way) -> Iterator[None]:
     finally:
         match name:
             case "hangs":
-                os.kill(redis.process.pid, signal.SIGCONT)
+                redis.resume()
             case "2 s per answer":
                 way.delay = 0.0
             case "gone":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -117,13 +118,18 @@ class LocalRedis:
     def __init__(self, *options: str, port: int | None = None, program: str | None = None) -> None:
         self.port = port or free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
+        self._program = program or redis_program()
         self._folder = tempfile.TemporaryDirectory()
-        self._command = [program or redis_program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self._command += ["--dir", self._folder.name, *options]
+        self._first: tuple[str, ...] = ("--save", "")
+        self._options = options
         self.process: subprocess.Popen[bytes]
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self._folder.cleanup()
+            raise
         return self
 
     def __exit__(
@@ -134,7 +140,9 @@ class LocalRedis:
 
     def start(self) -> None:
         """Return when it accepts connections. Raises Unavailable if it does not get there."""
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [self._program, *self._first, "--port", str(self.port), "--bind", "127.0.0.1"]
+        command += ["--dir", self._folder.name, *self._options]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + REDIS_SECONDS
         while True:
             try:
@@ -143,13 +151,22 @@ class LocalRedis:
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > end:
                     self.stop()
-                    raise Unavailable(f"{self._command[0]} does not serve on port {self.port}") from None
+                    raise Unavailable(f"{self._program} does not serve on port {self.port}") from None
                 time.sleep(0.01)
 
     def stop(self) -> None:
         """Kill it, if it runs. Connections are reset, and what it had is gone."""
         self.process.kill()
         self.process.wait()
+
+    def pause(self) -> None:
+        """Stop answering, without closing connections."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Answer again, if it runs."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGCONT)
 
 
 def free_port() -> int:
