@@ -40,7 +40,7 @@ def test_a_gateway_that_was_killed_is_replaced(redis: RedisServer, deployment: D
             completion = asked(client, [*prompt, 2])
             assert (completion.replica, completion.usage.cached_tokens) == (replica_id, len(prompt))
         for replica in replicas:
-            until(lambda replica=replica: replica.is_idle(), "that streams of the old gateway have ended")  # type: ignore[misc]
+            until(replica.is_idle, "that streams of the old gateway have ended")
 
 
 def test_a_client_that_routes_goes_on_without_redis(redis: RedisServer, deployment: Deployment) -> None:
