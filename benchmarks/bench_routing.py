@@ -83,6 +83,10 @@ def recorded(path: Path, requests: int) -> list[Job]:
     return jobs
 
 
+def first(jobs: Sequence[Job], count: int) -> Sequence[Job]:
+    return jobs[:count]
+
+
 def generated(requests: int) -> list[Job]:
     """Agents (two of three sessions) and chats, of `requests` turns in all.
 
@@ -328,7 +332,7 @@ def simulate(jobs: Sequence[Job], replicas: int, machine: Machine, name: str, sp
 
 
 def measure(
-    jobs: Sequence[Job],
+    workload: Callable[[int], Sequence[Job]],
     sizes: Sequence[int],
     loads: Sequence[float],
     names: Sequence[str],
@@ -343,7 +347,7 @@ def measure(
     report = []
     for size in sizes:
         progress.update(task, description=f"{size} replicas, pooled")
-        some = jobs[: max(per_replica * size, least)]
+        some = workload(max(per_replica * size, least))
         bound = pooled(some, size, machine)
         progress.advance(task)
         spread = (some[-1].at - some[0].at) or 1.0
@@ -404,11 +408,10 @@ def main(
             raise typer.BadParameter(f"there is no policy {name!r}; there are: {', '.join(COMPARED)}")
     console = wide_console()
     machine = Machine()
-    count = max(per_replica * max(sizes), least)
-    jobs = recorded(trace, count) if trace else generated(count)
+    workload = partial(first, recorded(trace, max(per_replica * max(sizes), least))) if trace else generated
     console.print(f"workload: {trace.name if trace else 'agents and chats'}; simulated time; {machine}", soft_wrap=True)
     with Progress(console=console, transient=True) as progress:
-        report = measure(jobs, sizes, loads, names, machine, routers, per_replica, least, progress)
+        report = measure(workload, sizes, loads, names, machine, routers, per_replica, least, progress)
     show(report, console)
     if output:
         whole = {"workload": trace.name if trace else "generated", "machine": asdict(machine), "routers": routers}

@@ -17,7 +17,7 @@ FIRST_BLOCKS = 16
 """How many blocks from the first say what a prompt is about, if nothing else does."""
 SAVING = 8
 """How many waiting tokens it is worth not to compute one."""
-REQUEST_TOKENS = 250
+REQUEST_TOKENS = 500
 """What a request costs those beside it, in tokens computed."""
 
 

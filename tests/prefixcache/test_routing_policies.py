@@ -133,8 +133,8 @@ def test_the_default_goes_elsewhere_when_many_more_requests_run_there() -> None:
     """Though none of their prompts waits: they share the steps."""
     a, b = replicas(2)
     wanted = Wanted(b"", 4100)
-    assert order(DEFAULT, wanted, [replace(a, cached_tokens=4000, running=15), b])[0] == "replica-0"
-    assert order(DEFAULT, wanted, [replace(a, cached_tokens=4000, running=17), b])[0] == "replica-1"
+    assert order(DEFAULT, wanted, [replace(a, cached_tokens=4000, running=7), b])[0] == "replica-0"
+    assert order(DEFAULT, wanted, [replace(a, cached_tokens=4000, running=9), b])[0] == "replica-1"
 
 
 def test_a_prompt_nobody_knows_goes_where_most_memory_can_be_given_up() -> None:
