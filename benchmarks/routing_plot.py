@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import pyplot
 
 from benchmarks.serving.plots import COLOURS, MARKERS, STYLE
+from prefixcache.routing.policies import DEFAULT
 
 
 def draw(report: Sequence[dict[str, Any]], path: Path) -> None:
@@ -21,11 +22,13 @@ def draw(report: Sequence[dict[str, Any]], path: Path) -> None:
             loads = list(part["loads"])
             for number, name in enumerate(part["loads"][loads[0]]):
                 style: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+                style |= {"linewidth": 3, "zorder": 3} if name == DEFAULT else {}
                 runs = [part["loads"][load][name] for load in loads]
                 above.plot(loads, [100 * run["hit rate"] / bound for run in runs], label=name, **style)
                 below.plot(loads, [run["ttft p99 s"] for run in runs], **style)
             above.set(title=f"{part['replicas']} replicas", ylim=(0, 105))
             below.set(yscale="log", xlabel="load, share of saturation")
+            below.yaxis.set_major_formatter("{x:g}")
         panels[0][0].set_ylabel("cached tokens, % of one pooled cache")
         panels[1][0].set_ylabel("time to first token, p99, s")
         panels[0][-1].legend(fontsize=10, loc="upper left", bbox_to_anchor=(1.01, 1))
