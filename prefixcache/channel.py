@@ -154,7 +154,8 @@ def translated(error: Any, target: str) -> PrefixCacheError:
         case grpc.StatusCode.DEADLINE_EXCEEDED if details == "Deadline Exceeded":  # noticed here, not there
             return DeadlineExceeded(f"no complete answer from {target} within the timeout")
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:  # not cancelled here, so the other side is going
-            return errors.Unavailable(f"no answer from {target}: {details}{_about_tls(details)}")
+            answered = any(key == REPLICA for key, _ in error.trailing_metadata() or ())
+            return errors.Unavailable(f"no answer from {target}: {details}{'' if answered else _about_tls(details)}")
     kind = _ERRORS.get(code.name)
     return kind(details) if kind is not None else PrefixCacheError(f"{target} answered {code.name}: {details}")
 

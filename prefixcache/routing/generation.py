@@ -44,8 +44,10 @@ class Generation:
             except Refused as refused:
                 if refused.unreachable:
                     self._fleet.failed(replica)
-                if refused.final or not left or not (refused.unreachable or refused.full):
+                if refused.final or not (refused.unreachable or refused.full):
                     raise
+                if not left:
+                    raise _last(refused) from None
 
     async def _placed(self, data: bytes, incoming: Incoming) -> tuple[generation_pb2.GenerateRequest | None, Placed]:
         """Return what is asked for, None if it cannot be read, which a replica may say, and where it is to go."""
@@ -87,6 +89,14 @@ class Generation:
         finally:
             if sent is not None:
                 sent.done(clock())
+
+
+def _last(refused: Refused) -> Refused:
+    """Return what to tell a caller when the last replica there is could not be reached, or is full."""
+    details = refused.details
+    if refused.unreachable:
+        details = f"no replica can be reached; at last, {refused.replica_id} could not ({details})"
+    return Refused(refused.replica_id, refused.code, details, refused.metadata, final=True)
 
 
 def _broken(refused: Refused) -> Refused:
