@@ -7,6 +7,8 @@ then on it never is, since its caller has seen what only that replica can go on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from google.protobuf.message import DecodeError
 
 from prefixcache.routing.fleet import Fleet, clock
@@ -36,18 +38,27 @@ class Generation:
     async def generate(self, data: bytes, incoming: Incoming, context: Context) -> Metadata:
         """Write the answer; return what goes behind it. Raises Refused, and Unavailable if there is nobody."""
         request, placed = await self._placed(data, incoming)
-        left = list(placed.replicas)
+        tried: list[Replica] = []
+
+        def left() -> list[Replica]:
+            """Those not tried yet: by their order, then those that have come since."""
+            known = self._fleet.all
+            ordered = [one for one in placed.replicas if one in known and one not in tried]
+            return ordered or [one for one in self._fleet.usable if one.serving and one not in tried]
+
+        replica = placed.replicas[0]
         while True:
-            replica = left.pop(0)
+            tried.append(replica)
             try:
-                return await self._attempt(replica, bool(left), data, request, placed.wanted, incoming, context)
+                return await self._attempt(replica, left, data, request, placed.wanted, incoming, context)
             except Refused as refused:
                 if refused.unreachable:
                     self._fleet.failed(replica)
                 if refused.final or not (refused.unreachable or refused.full):
                     raise
-                if not left:
+                if not (others := left()):
                     raise _last(refused) from None
+                replica = others[0]
 
     async def _placed(self, data: bytes, incoming: Incoming) -> tuple[generation_pb2.GenerateRequest | None, Placed]:
         """Return what is asked for, None if it cannot be read, which a replica may say, and where it is to go."""
@@ -64,7 +75,7 @@ class Generation:
     async def _attempt(
         self,
         replica: Replica,
-        others: bool,
+        left: Callable[[], list[Replica]],
         data: bytes,
         request: generation_pb2.GenerateRequest | None,
         wanted: Wanted,
@@ -74,7 +85,9 @@ class Generation:
         """Have one replica answer. Raises Refused, which can be made up for elsewhere if nothing was written."""
         begun = False
         sent = self._placement.sent(replica, wanted, None if request is None else request.prompt)
-        call = replica.call(GENERATE, data, incoming.metadata, incoming.remaining, movable=lambda: others and not begun)
+        call = replica.call(
+            GENERATE, data, incoming.metadata, incoming.remaining, movable=lambda: not begun and bool(left())
+        )
         try:
             async with call:
                 first = await call.read()

@@ -31,28 +31,49 @@ def test_killed_in_mid_stream(redis: RedisServer, deployment: Deployment) -> Non
     When its lease has ended, nobody knows it any more.
     """
     replicas = deployment.replicas("a b", redis.url, step_seconds=0.03, max_running=2)
-    gateway = deployment.gateway("--redis", redis.url).wait_for(*replicas)
-    prompt = beginning(1, LONG)
+    gateway = deployment.gateway("--redis", redis.url, "--policy", "session").wait_for(*replicas)
+    prompt = beginning(1, 20)
     with Client(gateway.address) as client, ThreadPoolExecutor(8) as pool:
-        doomed, survivor = other(replicas, at(client, prompt))
+        doomed, survivor = other(replicas, asked(client, prompt, session_id="one").replica)
         with Client(doomed.address) as direct:
-            streams = [client.stream([*prompt, number], max_tokens=390, timeout=TIMEOUT) for number in range(2)]
+            streams = [
+                client.stream([*prompt, number], max_tokens=1500, session_id="one", timeout=TIMEOUT)
+                for number in range(2)
+            ]
             for stream in streams:
                 next(stream)
-            queued = [pool.submit(asked, client, [*prompt, 7, number]) for number in range(3)]
+            queued = [pool.submit(asked, client, [*prompt, 7, number], session_id="one") for number in range(3)]
             until(lambda: direct.stats(timeout=TIMEOUT).requests.waiting == 3, "that requests wait")
         doomed.kill()
         for stream in streams:
             with pytest.raises(Unavailable, match=f"replica {doomed.id} has gone while it answered"):
                 stream.result()
-        assert asked(client, beginning(2)).replica == survivor.id
+        assert asked(client, beginning(2), session_id="one").replica == survivor.id
         assert [future.result().replica for future in queued] == [survivor.id] * 3
         until(lambda: set(leases(redis.url)) == {survivor.id}, "the end of its lease")
         gateway.wait_for(survivor)
-        again = asked(client, [*prompt, 8])
+        again = asked(client, [*prompt, 8], session_id="one")
         assert (again.replica, again.usage.cached_tokens) == (survivor.id, len(prompt))
         with Client(survivor.address) as direct:
             assert direct.lookup([*prompt, 1], timeout=TIMEOUT).elsewhere == ()
+
+
+def test_what_waits_goes_to_a_replica_that_has_come_since(redis: RedisServer, deployment: Deployment) -> None:
+    """When a request was accepted there was one replica; when that one is killed there is another."""
+    slow = {"step_seconds": 0.03, "max_running": 1}
+    [first] = deployment.replicas("first", redis.url, **slow)
+    gateway = deployment.gateway("--redis", redis.url)
+    with Client(gateway.address) as client, Client(first.address) as direct, ThreadPoolExecutor(1) as pool:
+        stream = client.stream(beginning(1), max_tokens=1000, timeout=TIMEOUT)
+        next(stream)
+        queued = pool.submit(asked, client, beginning(2))
+        until(lambda: direct.stats(timeout=TIMEOUT).requests.waiting == 1, "that a request waits")
+        [second] = deployment.replicas("second", redis.url, **slow)
+        gateway.wait_for(first, second)
+        first.kill()
+        assert queued.result().replica == "second"
+        with pytest.raises(Unavailable, match="replica first has gone while it answered"):
+            stream.result()
 
 
 def test_standing_still_for_longer_than_its_lease(redis: RedisServer, deployment: Deployment) -> None:

@@ -17,9 +17,9 @@ def beginning(seed: int, blocks: int = 8) -> list[int]:
     return random.Random(seed).choices(range(VOCABULARY), k=16 * blocks)
 
 
-def asked(client: Client, prompt: list[int], max_tokens: int = 3) -> Completion:
+def asked(client: Client, prompt: list[int], max_tokens: int = 3, session_id: str = "") -> Completion:
     """Have a prompt answered, and check the answer."""
-    completion = client.generate(prompt, max_tokens=max_tokens, timeout=TIMEOUT)
+    completion = client.generate(prompt, max_tokens=max_tokens, session_id=session_id, timeout=TIMEOUT)
     assert completion.token_ids == generate(prompt, max_tokens, VOCABULARY)
     return completion
 
