@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.serving.plots import COLOURS, MARKERS, STYLE
 from prefixcache.routing.policies import DEFAULT
@@ -28,7 +29,9 @@ def draw(report: Sequence[dict[str, Any]], path: Path) -> None:
                 below.plot(loads, [run["ttft p99 s"] for run in runs], **style)
             above.set(title=f"{part['replicas']} replicas", ylim=(0, 105))
             below.set(yscale="log", xlabel="load, share of saturation")
+            below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             below.yaxis.set_major_formatter("{x:g}")
+            below.yaxis.set_minor_locator(NullLocator())
         panels[0][0].set_ylabel("cached tokens, % of one pooled cache")
         panels[1][0].set_ylabel("time to first token, p99, s")
         panels[0][-1].legend(fontsize=10, loc="upper left", bbox_to_anchor=(1.01, 1))
