@@ -104,6 +104,8 @@ def cost(completion: Completion) -> str:
         parts.insert(1, f"first token after {completion.ttft * 1000:,.0f} ms")
     if completion.finish_reason == "length":
         parts.append(f"output cut off after {usage.completion_tokens:,} tokens")
+    if completion.replica is not None:
+        parts.append(f"answered by replica {completion.replica}")
     return "; ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from prefixcache import explain
 from prefixcache.client import Client
 from prefixcache.results import Usage
 from tests.engine.serving import BLOCK, PaperEngine, RunningServer
@@ -30,6 +31,15 @@ def test_usage_under_other_names() -> None:
     assert [usage.as_anthropic() for usage in (cold, longer, warm)] == [
         dict(zip(names, counts, strict=True)) for counts in expected
     ]
+
+
+@pytest.mark.parametrize("replica_id", ["", "north"])
+def test_a_replica_that_has_a_name_is_named_beside_the_cost(replica_id: str) -> None:
+    """Only a server that was given an id has one, and then it is said who answered."""
+    with RunningServer(PaperEngine(), replica_id=replica_id) as server, Client(server.address) as client:
+        line = explain.cost(client.generate([1, 2, 3], max_tokens=1))
+    assert ("answered by replica north" in line) == bool(replica_id)
+    assert line.count("replica") == bool(replica_id)
 
 
 @pytest.mark.parametrize("written", [0, 3, 10, 25])
