@@ -19,6 +19,7 @@ Nothing here waits, locks, or reads a clock.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -34,6 +35,8 @@ SPECULATION = 2.0
 FIRST_PAUSE = 1.0
 MAX_PAUSE = 30.0
 """How many seconds a replica is avoided that could not be reached: at first, and after many failures in a row."""
+MAX_ENDED = 4096
+"""How many requests are known after they have ended, so that leases that still count them are understood."""
 REMEMBERED = 60.0
 """Seconds for which a replica without a lease is not forgotten."""
 
@@ -110,14 +113,16 @@ class Router:
 class Sent:
     """A request on its way to a replica, or running there."""
 
-    __slots__ = ("_computed", "_done", "_replica", "names", "tokens")
+    __slots__ = ("_computed", "_done", "_replica", "computed_at", "done_at", "names", "sent_at", "tokens")
 
     def __init__(self, replica: _Replica, names: Names, length: int, cached: int, now: float) -> None:
         self.names = names
         self.tokens = max(length - cached, 1)
         """What the replica still has to compute of the prompt, as far as is known."""
+        self.sent_at, self.computed_at, self.done_at = now, math.inf, math.inf
         self._replica = replica
         self._computed = self._done = False
+        replica.sent[self] = None
         replica.memory.add(names, now)
         replica.waiting += 1
         replica.waiting_tokens += self.tokens
@@ -129,6 +134,7 @@ class Sent:
         if self._computed or self._done:
             return
         self._land()
+        self.computed_at = now
         replica = self._replica
         replica.running += 1
         replica.memory.add(self.names, now)
@@ -143,6 +149,9 @@ class Sent:
         else:
             self._land()
         self._done = True
+        self.done_at, self.names = now, ()
+        del self._replica.sent[self]
+        self._replica.ended.append(self)
 
     def _land(self) -> None:
         """It waits no longer."""
@@ -159,7 +168,9 @@ class _Replica:
         self.lease = lease
         self.heard = -math.inf
         self.memory = Memory(min(lease.blocks, memory_blocks))
+        self.sent: dict[Sent, None] = {}  # all that have not ended
         self.flying: dict[Sent, None] = {}  # not computed yet, oldest first
+        self.ended: deque[Sent] = deque(maxlen=MAX_ENDED)
         self.running = self.waiting = self.waiting_tokens = 0  # of this router
         self.others_running = self.others_waiting = self.others_tokens = 0
         self.taken = 0  # blocks of what was sent since the lease was renewed
@@ -172,7 +183,7 @@ class _Replica:
         return self.lease.replica_id
 
     def hear(self, lease: Lease, now: float) -> None:
-        """Take in a lease, which may be one seen before. What it counts beyond this router's own is others'."""
+        """Take in a lease, which may be one seen before. What it counts beyond this router's own then is others'."""
         before, self.lease, self.heard = self.lease, lease, now
         if lease.nonce != before.nonce:  # it is back
             self.failures, self.avoided_until = 0, -math.inf
@@ -181,11 +192,20 @@ class _Replica:
             return
         self._stated_at = stated_at
         load = lease.load
-        others = max(load.running + load.waiting - self.running - self.waiting, 0)
-        self.others_waiting = min(others, max(load.waiting - self.waiting, 0))
+        running, waiting, tokens = self._own(stated_at)
+        others = max(load.running + load.waiting - running - waiting, 0)
+        self.others_waiting = min(others, max(load.waiting - waiting, 0))
         self.others_running = others - self.others_waiting
-        self.others_tokens = max(load.waiting_tokens - self.waiting_tokens, 0)
+        self.others_tokens = max(load.waiting_tokens - tokens, 0)
         self.taken = 0
+
+    def _own(self, at: float) -> tuple[int, int, int]:
+        """How many of this router's requests ran and waited there at a time, and how much those had to compute."""
+        while self.ended and self.ended[0].done_at <= at:
+            self.ended.popleft()
+        there = [sent for sent in (*self.sent, *self.ended) if sent.sent_at <= at < sent.done_at]
+        waiting = [sent for sent in there if at < sent.computed_at]
+        return len(there) - len(waiting), len(waiting), sum(sent.tokens for sent in waiting)
 
     def cached(self, wanted: Wanted, names: Names, held: int | None, now: float) -> int:
         """Return how many tokens of a prompt need not be computed here."""

@@ -187,6 +187,25 @@ def test_load_is_what_the_lease_said_and_what_was_sent_since() -> None:
     assert seen.candidates["a"].requests == 2
 
 
+def test_what_has_ended_since_a_lease_was_stated_is_not_taken_for_others() -> None:
+    """Nor is what waited then and runs now: who is idle looks idle."""
+    seen = Seen()
+    router = Router(seen)
+    router.update([lease("a")], 0.0)
+    ended, running, later = (router.sent("a", prompt(seed), at) for seed, at in ((1, 0.0), (2, 0.1), (3, 0.6)))
+    ended.computed(0.2)
+    ended.done(0.9)
+    running.computed(0.8)
+    later.done(0.9)
+    router.update([lease("a", age=0.5, running=1, waiting=1, waiting_tokens=1601)], 1.0)
+    router.rank(prompt(9), {}, 1.0)
+    one = seen.candidates["a"]
+    assert (one.running, one.waiting, one.waiting_tokens) == (1, 0, 0)
+    running.done(1.1)
+    router.rank(prompt(9), {}, 1.1)
+    assert seen.candidates["a"].requests == 0
+
+
 def test_a_lease_read_twice_is_counted_once() -> None:
     """What has ended since it was renewed does not come back when it is read again."""
     seen = Seen()
