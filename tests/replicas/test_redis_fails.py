@@ -103,15 +103,16 @@ def cut(redis: RedisServer, line: Line) -> None:
 
 
 LONGER_THAN_A_LEASE = 1.5 * LEASE_SECONDS
+LONGER_THAN_A_RENEWAL = 0.5 * LEASE_SECONDS
 
 FAULTS = [
     Fault("killed", lambda redis, _: redis.stop(), lambda redis, _: redis.start(), LONGER_THAN_A_LEASE, "Redis at"),
     Fault("restarted empty", restart),
     Fault("flushed", flush),
     Fault("cut off", cut),
-    Fault("paused", lambda redis, _: redis.pause(), lambda redis, _: redis.resume(), LONGER_THAN_A_LEASE),
-    Fault("slow", slow, quick, LONGER_THAN_A_LEASE),
-    Fault("full", configure("maxmemory", "1"), configure("maxmemory", "0"), LONGER_THAN_A_LEASE),
+    Fault("paused", lambda redis, _: redis.pause(), lambda redis, _: redis.resume(), LONGER_THAN_A_RENEWAL),
+    Fault("slow", slow, quick, LONGER_THAN_A_RENEWAL),
+    Fault("full", configure("maxmemory", "1"), configure("maxmemory", "0"), LONGER_THAN_A_RENEWAL),
     Fault(
         "empty and full",
         all_of(configure("maxmemory", "1"), flush),
