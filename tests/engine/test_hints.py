@@ -122,7 +122,9 @@ def test_the_lease_says_who_and_how_busy(redis: RedisServer) -> None:
         wait_until(lambda: "one" in leases(redis))
         lease = leases(redis)["one"]
         assert (lease.address, lease.model, lease.block_size, lease.blocks) == (server.address, "paper", BLOCK, 256)
-        streams = [client.stream(PROMPT, max_tokens=2, namespace=name) for name in ("x", "y", "z")]
+        streams = [client.stream(PROMPT, max_tokens=2, namespace="x")]
+        wait_until(lambda: leases(redis)["one"].load.running == 1)  # its first step has been put together
+        streams += [client.stream(PROMPT, max_tokens=2, namespace=name) for name in ("y", "z")]
         server.wait_until_active(3)
         wait_until(lambda: leases(redis)["one"].load.waiting == 2)
         load = leases(redis)["one"].load
