@@ -22,7 +22,7 @@ from prefixcache.local import LocalServer
 from prefixcache.tokens import pack, unpack
 from tests import serving as processes
 from tests.engine import tenancy
-from tests.engine.serving import BLOCK, GatedRunner, PaperEngine, RunningServer
+from tests.engine.serving import BLOCK, FINGERPRINT, GatedRunner, PaperEngine, RunningServer
 
 NAMESPACE = namespace_key(ANONYMOUS, "")
 VOCAB = 261
@@ -39,14 +39,14 @@ def lines(path: Path, *values: object) -> str:
 
 
 def remembered(path: Path, *prompts: list[int], used: float | None = None, namespace: str = NAMESPACE) -> str:
-    """A file as an earlier paper server writes it, which has no fingerprint."""
+    """A file as an earlier paper server writes it."""
     when = time.time() if used is None else used
-    write(path, [Remembered(namespace, pack(prompt), when) for prompt in prompts], "")
+    write(path, [Remembered(namespace, pack(prompt), when) for prompt in prompts], FINGERPRINT)
     return str(path)
 
 
 def tokens_in(path: Path) -> list[list[int]]:
-    return [unpack(prefix.tokens) for prefix in read(path, "", VOCAB)]
+    return [unpack(prefix.tokens) for prefix in read(path, FINGERPRINT, VOCAB)]
 
 
 def health_of(address: str) -> Any:
@@ -187,10 +187,10 @@ def test_what_nobody_has_used_yet_stays_remembered(tmp_path: Path) -> None:
     """A restart is no reason to forget: what was warmed is kept in the file until it has not been used for long."""
     file = tmp_path / "remembered"
     old = time.time() - KEPT_SECONDS + 3600
-    write(file, [Remembered(NAMESPACE, pack(prompt_of(n)), old) for n in (1, 2)], "")
+    write(file, [Remembered(NAMESPACE, pack(prompt_of(n)), old) for n in (1, 2)], FINGERPRINT)
     with RunningServer(PaperEngine(), remember=str(file)) as server, Client(server.address) as client:
         use(client, prompt_of(2))
-    first, second = read(file, "", VOCAB)
+    first, second = read(file, FINGERPRINT, VOCAB)
     assert unpack(first.tokens)[:40] == prompt_of(2) and first.used > old + 3600
     assert (unpack(second.tokens), second.used) == (prompt_of(1), round(old))
     remembered(file, prompt_of(1), used=time.time() - KEPT_SECONDS - 1)
@@ -256,10 +256,10 @@ def test_prefixes_of_tenants_who_are_gone_are_not_warmed(tmp_path: Path) -> None
     file = tmp_path / "remembered"
     tenants = tenancy.write(tmp_path / "tenants.toml", tenancy.entry("a"))
     both = [Remembered(namespace_key(name, ""), pack(prompt_of(1)), time.time()) for name in ("a", "gone")]
-    write(file, both, "")
+    write(file, both, FINGERPRINT)
     with RunningServer(PaperEngine(), remember=str(file), tenants=tenants) as server:
         assert server.stats().totals.warmed_prompts == 1
-    assert [prefix.namespace for prefix in read(file, "", VOCAB)] == [namespace_key("a", "")]
+    assert [prefix.namespace for prefix in read(file, FINGERPRINT, VOCAB)] == [namespace_key("a", "")]
 
 
 def test_what_does_not_fit_any_more_is_left_out(tmp_path: Path) -> None:
