@@ -45,6 +45,9 @@ bench: $(STAMP)  ## the benchmarks of the README, in their quick form
 	@$(BIN)/python -m benchmarks.bench_tree --quick
 	@$(BIN)/python -m benchmarks.bench_ttft --quick
 	@$(BIN)/python -m benchmarks.bench_warm --quick
+	@$(BIN)/python -m benchmarks.bench_hints --quick
+	@$(BIN)/python -m benchmarks.bench_redis --quick
+	@$(BIN)/python -m benchmarks.bench_routing --quick
 
 format: $(STAMP)  ## rewrite the sources as `make lint` wants them
 	@$(BIN)/ruff check --fix .
