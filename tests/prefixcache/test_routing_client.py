@@ -20,6 +20,7 @@ import pytest
 from prefixcache.client import AsyncClient, AsyncRoutingClient, Client, RoutingClient
 from prefixcache.errors import Cancelled, InvalidArgument, NotFound, Unauthenticated, Unavailable
 from tests.engine.authority import Authority
+from tests.engine.hinted import leases
 from tests.engine.paper import generate
 from tests.engine.serving import PaperEngine, RunningServer
 from tests.engine.tenancy import entry, write
@@ -115,13 +116,13 @@ def test_a_token_does_not_cross_a_network_in_the_open() -> None:
     """Not to an address that is named, and not to one that Redis names."""
     with pytest.raises(InvalidArgument, match=r"the token would cross the network to 192\.0\.2\.1:5 unencrypted"):
         RoutingClient(replicas=["192.0.2.1:5"], token="secret")
-    with (
-        RedisServer() as redis,
-        replicas("a", redis=redis.url, advertise="192.0.2.1:5"),
-        RoutingClient(redis.url, token="secret") as client,
-        pytest.raises(Unavailable, match="no replica can be used: the token would cross the network"),
-    ):
-        client.generate("x", timeout=10)
+    with RedisServer() as redis, replicas("a", redis=redis.url, advertise="192.0.2.1:5"):
+        until(lambda: "a" in leases(redis), "its lease")
+        with (
+            RoutingClient(redis.url, token="secret") as client,
+            pytest.raises(Unavailable, match="no replica can be used: the token would cross the network"),
+        ):
+            client.generate("x", timeout=10)
     assert not threads()
 
 
