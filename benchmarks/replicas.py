@@ -20,6 +20,7 @@ answer included, so that nothing is preempted.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -206,14 +207,10 @@ class Replica:
 
     def _cut(self, passed: float, steps: int) -> int:
         """How many steps of a span have begun after some seconds."""
-        low, high = 1, steps
-        while low < high:
-            middle = (low + high) // 2
-            if self.machine.decode_seconds(len(self._decoding), self._context, middle) >= passed:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        batch, context = len(self._decoding), self._context
+        return 1 + bisect_left(
+            range(1, steps), passed, key=lambda begun: self.machine.decode_seconds(batch, context, begun)
+        )
 
     def _chunks(self) -> list[tuple[Running, int]]:
         """Which prompt tokens the next step computes."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
@@ -14,6 +13,7 @@ from engine.quotas import Quota
 from engine.scheduler import Scheduler
 from engine.tenants import PUBLISHED, Caller, tenant_of
 from engine.warming import Warmth, warm
+from prefixcache.answering import answer_each
 from prefixcache.cache import PrefixCache
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from prefixcache.terms import Terms
@@ -132,26 +132,12 @@ class Cache(cache_pb2_grpc.CacheServiceServicer):
                 await context.write(cache_wire.write_shape(shape))
 
     async def Warm(self, messages: AsyncIterator[cache_pb2.WarmRequest], context: Context) -> None:  # type: ignore[override]  # the stub knows generators only
-        room = asyncio.Semaphore(WARMED_AT_ONCE)
-        writing = asyncio.Lock()  # a stream takes one message at a time
-
-        async def answer(position: int, message: cache_pb2.WarmRequest, quota: Quota) -> None:
-            response = await self._warm(position, message, context, quota)
-            async with writing:
-                await context.write(response)
-            room.release()
-
         with self._front.computing(context) as quota:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    position = 0
-                    await room.acquire()
-                    async for message in messages:
-                        group.create_task(answer(position, message, quota))
-                        position += 1
-                        await room.acquire()  # before the next is read: whoever sends too fast has to wait
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
+
+            async def answer(position: int, message: cache_pb2.WarmRequest) -> cache_pb2.WarmResponse:
+                return await self._warm(position, message, context, quota)
+
+            await answer_each(messages, WARMED_AT_ONCE, answer, context.write)
 
     async def _warm(
         self, position: int, message: cache_pb2.WarmRequest, context: Context, quota: Quota

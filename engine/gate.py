@@ -7,7 +7,6 @@ the old one stays in force. Nothing is read while a call waits.
 from __future__ import annotations
 
 from pathlib import Path
-from stat import S_IROTH, S_IWOTH
 from typing import Any
 
 import grpc
@@ -17,7 +16,7 @@ from engine.authentication import Directory, Tenant, bearer_token, nobody, read_
 from engine.quotas import Quota
 from engine.tenants import ANONYMOUS, Caller
 from prefixcache.errors import InvalidArgument, Unauthenticated
-from prefixcache.files import Signature, signature
+from prefixcache.files import Signature, open_to_everybody, signature
 
 REPORT_SECONDS = 60.0
 
@@ -128,9 +127,7 @@ class Gate:
         self._warn(self._path)
 
     def _warn(self, path: Path) -> None:
-        mode = path.stat().st_mode
-        if mode & (S_IROTH | S_IWOTH):
-            what = "change" if mode & S_IWOTH else "read"
+        if what := open_to_everybody(path):
             log.warning(f"everybody on this machine may {what} the file of tenants: chmod 600 {path}")
         if not self._certificates:
             for tenant in self.tenants:

@@ -27,6 +27,7 @@ from prefixcache.hints.connection import NoHints
 from prefixcache.hints.locator import Locator
 from prefixcache.hints.publisher import Publisher, PublisherStatus
 from prefixcache.hints.schema import Group, Lease
+from prefixcache.hosts import host_and_port
 
 BUDGET_SECONDS = 0.08
 """How long a lookup may wait for what others hold."""
@@ -103,8 +104,7 @@ class Hints:
 
         self._group = Group(config.deployment, served.fingerprint, served.block_size)
         self._replica_id = self.name(port)
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        address = config.advertise or f"{host}:{port}"
+        address = config.advertise or host_and_port(config.host, port)
         publisher = Publisher(
             config.redis,
             group=self._group,

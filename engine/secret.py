@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from stat import S_IROTH, S_IWOTH
 
 import structlog
 
 from prefixcache.errors import InvalidArgument
+from prefixcache.files import open_to_everybody
 
 MIN_BYTES = 16
 
@@ -33,9 +33,7 @@ def read_secret(file: str) -> bytes:
 def warn_of_secret(file: str, *, published: bool) -> None:
     """Log what is unsafe about the secret of a server, whose hashes may be `published`."""
     if file:
-        mode = Path(file).stat().st_mode
-        if mode & (S_IROTH | S_IWOTH):
-            what = "change" if mode & S_IWOTH else "read"
+        if what := open_to_everybody(Path(file)):
             log.warning(f"everybody on this machine may {what} the secret of the deployment: chmod 600 {file}")
     elif published:
         log.warning(

@@ -30,18 +30,15 @@ from engine.front import Front
 from engine.generation_service import Generation
 from engine.scheduler import Scheduler
 from engine.warm_start import WarmStart
-from prefixcache import logs, tls
-from prefixcache.errors import FailedPrecondition, Unavailable
+from prefixcache import listening, logs, tls
+from prefixcache.errors import Unavailable
+from prefixcache.hosts import host_and_port
 from prefixcache.v1 import cache_pb2, cache_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 # How long calls that have got their last event may take to send it, and how long
 # everything else may take then, such as a health check that watches for ever.
 FAREWELL_SECONDS = 5.0
 GRACE_SECONDS = 0.5
-
-# A client who waits sends pings to learn whether the server is still there (every 30 seconds,
-# see prefixcache.channel). One who sends them more often than this is cut off.
-PING_MILLISECONDS = 10_000
 
 # How often the file of tenants is looked at; one that has changed is read at the second look.
 FOLLOW_SECONDS = 0.5
@@ -70,12 +67,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._grpc = grpc.aio.server(
             interceptors=[Answers(self.front)],
-            options=[
-                ("grpc.max_receive_message_length", config.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # a second server on the same port is an error
-                ("grpc.http2.min_ping_interval_without_data_ms", PING_MILLISECONDS),
-            ],
+            options=listening.options(config.max_message_bytes),
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(Generation(self.front), self._grpc)
         cache_pb2_grpc.add_CacheServiceServicer_to_server(Cache(self.front), self._grpc)
@@ -85,8 +77,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
-        return f"{host}:{self.port or self._config.port}"
+        return host_and_port(self._config.host, self.port or self._config.port)
 
     async def start(self) -> None:
         """Open the port, load and warm up the engine, and serve.
@@ -172,15 +163,7 @@ class Server:
         credentials = tls.server_credentials(
             self._config.tls_certificate, self._config.tls_key, self._config.tls_client_ca
         )
-        try:
-            if credentials is None:
-                self.port = self._grpc.add_insecure_port(self.address)
-            else:
-                self.port = self._grpc.add_secure_port(self.address, credentials)
-        except RuntimeError as error:
-            raise FailedPrecondition(
-                f"cannot listen on {self.address}: is another server running there? Choose another --port or --host"
-            ) from error
+        self.port = listening.open_port(self._grpc, self.address, credentials)
 
     async def _limit_tenants(self, gone: Sequence[str] = ()) -> None:
         """Tell the cache how many blocks each tenant may have cached, and to forget those who are gone."""

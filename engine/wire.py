@@ -21,7 +21,14 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from engine.request import Finished, FinishReason, Sampled, SamplingParams, Started
 from engine.tenants import namespace_key
 from engine.tokenizer import Chat, Prompt
-from prefixcache.errors import REASON_DOMAIN, InvalidArgument, NotFound, PrefixCacheError, ResourceExhausted
+from prefixcache.errors import (
+    REASON_DOMAIN,
+    STATUS_DETAILS,
+    InvalidArgument,
+    NotFound,
+    PrefixCacheError,
+    ResourceExhausted,
+)
 from prefixcache.reasons import MissReason
 from prefixcache.terms import DEFAULT_TERMS, MAX_PRIORITY, Terms
 from prefixcache.v1 import generation_pb2, prompt_pb2
@@ -33,8 +40,6 @@ MAX_ROLE_BYTES = 64
 MAX_KEEP_SECONDS = 3600.0
 # gRPC sends a message in a header; long ones are cut off or refused on the way.
 MAX_STATUS_CHARACTERS = 2000
-
-STATUS_DETAILS = "grpc-status-details-bin"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from prefixcache import errors
-from prefixcache.errors import DeadlineExceeded, InvalidArgument, PrefixCacheError, ResourceExhausted
+from prefixcache.errors import STATUS_DETAILS, DeadlineExceeded, InvalidArgument, PrefixCacheError, ResourceExhausted
 from prefixcache.hosts import is_loopback
 from prefixcache.results import REPLICA
+
+M = TypeVar("M", bound=Message)
 
 CHANNEL_OPTIONS = (
     # Notice within a minute that the other side of a long stream is gone.
@@ -162,13 +165,19 @@ def translated(error: Any, target: str) -> PrefixCacheError:
 
 def _retry_after(error: Any) -> float | None:
     """Return the seconds in the RetryInfo of a status, if it has one."""
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin" and isinstance(value, bytes):
-            for detail in status_pb2.Status.FromString(value).details:
-                info = error_details_pb2.RetryInfo()
-                if detail.Unpack(info):
-                    return float(info.retry_delay.ToNanoseconds() / 1e9)
+    for info in details_of(error.trailing_metadata() or (), error_details_pb2.RetryInfo):
+        return float(info.retry_delay.ToNanoseconds() / 1e9)
     return None
+
+
+def details_of(trailing: Iterable[tuple[str, str | bytes]], kind: type[M]) -> Iterator[M]:
+    """Return the details of one kind that a status has in its trailing metadata."""
+    for key, value in trailing:
+        if key == STATUS_DETAILS and isinstance(value, bytes):
+            for detail in status_pb2.Status.FromString(value).details:
+                info = kind()
+                if detail.Unpack(info):
+                    yield info
 
 
 def _about_tls(details: str) -> str:

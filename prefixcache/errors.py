@@ -56,6 +56,9 @@ QUEUE_FULL = "QUEUE_FULL"
 REASON_DOMAIN = "prefixcache"
 """The domain of such reasons in a google.rpc.ErrorInfo."""
 
+STATUS_DETAILS = "grpc-status-details-bin"
+"""The trailing metadata in which a status says more, as a google.rpc.Status."""
+
 
 class ResourceExhausted(PrefixCacheError):
     """A limit was reached. `retry_after` (seconds) says when to try again, if that helps; `reason` is for programs."""

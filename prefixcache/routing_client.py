@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from prefixcache.channel import TLS, TOKEN_VARIABLE, connection, tls_of
 from prefixcache.client import AsyncClient, Client
@@ -33,26 +33,30 @@ LONGEST_SOCKET = 100
 """Bytes that the path of a socket may have."""
 
 
+class RoutingOptions(TypedDict, total=False):
+    """How a client routes.
+
+    `policy` says how a replica is chosen ("prefix" unless said otherwise), `group` or
+    `deployment` among which. `token` and `tls` are as for a `Client`, and are for the
+    replicas. `redis_prefix` is what all keys in Redis begin with.
+    """
+
+    policy: str
+    token: str | None
+    tls: TLS | bool | None
+    group: str
+    deployment: str
+    redis_prefix: str
+
+
 class RoutingClient(Client):
     """A `Client` of several replicas: those registered in `redis` (a URL), and `replicas` by their addresses.
 
-    `policy` says how one is chosen, `group` among which. `token` and `tls` are as for a
-    `Client`, and are for the replicas. To be closed.
+    To be closed.
     """
 
-    def __init__(
-        self,
-        redis: str = "",
-        replicas: Sequence[str] = (),
-        *,
-        policy: str = DEFAULT,
-        token: str | None = None,
-        tls: TLS | bool | None = None,
-        group: str = "",
-        deployment: str = "",
-        redis_prefix: str = DEFAULT_PREFIX,
-    ) -> None:
-        self._router = _Router(redis, replicas, policy, token, tls, group, deployment, redis_prefix)
+    def __init__(self, redis: str = "", replicas: Sequence[str] = (), **options: Unpack[RoutingOptions]) -> None:
+        self._router = _Router(redis, replicas, **options)
         try:
             super().__init__(self._router.target, token=self._router.token, tls=False)
         except BaseException:
@@ -68,19 +72,8 @@ class RoutingClient(Client):
 class AsyncRoutingClient(AsyncClient):
     """`RoutingClient` for asyncio; to be made and used in one event loop."""
 
-    def __init__(
-        self,
-        redis: str = "",
-        replicas: Sequence[str] = (),
-        *,
-        policy: str = DEFAULT,
-        token: str | None = None,
-        tls: TLS | bool | None = None,
-        group: str = "",
-        deployment: str = "",
-        redis_prefix: str = DEFAULT_PREFIX,
-    ) -> None:
-        self._router = _Router(redis, replicas, policy, token, tls, group, deployment, redis_prefix)
+    def __init__(self, redis: str = "", replicas: Sequence[str] = (), **options: Unpack[RoutingOptions]) -> None:
+        self._router = _Router(redis, replicas, **options)
         try:
             super().__init__(self._router.target, token=self._router.token, tls=False)
         except BaseException:
@@ -100,12 +93,13 @@ class _Router:
         self,
         redis: str,
         replicas: Sequence[str],
-        policy: str,
-        token: str | None,
-        tls: TLS | bool | None,
-        group: str,
-        deployment: str,
-        redis_prefix: str,
+        *,
+        policy: str = DEFAULT,
+        token: str | None = None,
+        tls: TLS | bool | None = None,
+        group: str = "",
+        deployment: str = "",
+        redis_prefix: str = DEFAULT_PREFIX,
     ) -> None:
         try:
             from prefixcache.routing.gateway import Settings

@@ -23,6 +23,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from prefixcache import listening
 from prefixcache.channel import CHANNEL_OPTIONS, TLS, connection
 from prefixcache.errors import FailedPrecondition, Internal, InvalidArgument, PrefixCacheError, Unavailable
 from prefixcache.hints.connection import NoHints
@@ -43,7 +44,6 @@ from prefixcache.routing.warming import Warming
 MAX_MESSAGE_BYTES = 256 * 2**20
 """The largest request that is taken; a replica's own limit is lower, and is what callers meet."""
 
-PING_MILLISECONDS = 10_000
 ROSTER_SECONDS = 1.0
 FIND_SECONDS = 0.03
 """How long Redis may take to say who is there, and who holds a prompt."""
@@ -124,14 +124,7 @@ class Gateway:
         self._health = health.aio.HealthServicer()
         self._serving: bool | None = None
         self._telling: asyncio.Task[None] | None = None
-        self._grpc = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # a second server on the same port is an error
-                ("grpc.http2.min_ping_interval_without_data_ms", PING_MILLISECONDS),
-            ]
-        )
+        self._grpc = grpc.aio.server(options=listening.options(MAX_MESSAGE_BYTES))
         self._grpc.add_generic_rpc_handlers(tuple(self._handlers()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (generation.SERVICE, cache_calls.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -144,15 +137,7 @@ class Gateway:
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Serve at an address; return the port. Raises FailedPrecondition if it cannot be had."""
-        try:
-            if credentials is None:
-                port = self._grpc.add_insecure_port(address)
-            else:
-                port = self._grpc.add_secure_port(address, credentials)
-        except RuntimeError as error:
-            raise FailedPrecondition(
-                f"cannot listen on {address}: is another server running there? Choose another --port or --host"
-            ) from error
+        port = listening.open_port(self._grpc, address, credentials)
         self._changed()
         self.fleet.start()
         await self._grpc.start()

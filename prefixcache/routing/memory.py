@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 Names = Sequence[int]
@@ -20,29 +21,14 @@ def names_of(hashes: bytes) -> Names:
 
 def leading(names: Names, known: Callable[[int], bool]) -> int:
     """Return how many names, from the first, are known, by halving: whatever is known is a beginning of its prompt."""
-    low, high = 0, len(names)
-    if not high or not known(names[0]):
+    if not names or not known(names[0]):
         return 0
-    low = 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if known(names[middle - 1]):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect_left(range(len(names)), True, key=lambda at: not known(names[at]))
 
 
 def shared(a: Names, b: Names) -> int:
     """Return how many leading blocks two prompts share; equal names at one place mean equal names before it."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[middle - 1] == b[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return bisect_left(range(min(len(a), len(b))), True, key=lambda at: a[at] != b[at])
 
 
 class Memory:

@@ -8,16 +8,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 
-from prefixcache.channel import HEALTH, SERVING
-from prefixcache.errors import QUEUE_FULL, REASON_DOMAIN
+from prefixcache.channel import HEALTH, SERVING, details_of
+from prefixcache.errors import QUEUE_FULL, REASON_DOMAIN, STATUS_DETAILS
 from prefixcache.hints.schema import Lease
 from prefixcache.results import REPLICA
 
 Metadata = tuple[tuple[str, str | bytes], ...]
-
-STATUS_DETAILS = "grpc-status-details-bin"
 
 
 class Refused(Exception):
@@ -48,17 +46,8 @@ class Refused(Exception):
             return False
         return any(
             info.reason == QUEUE_FULL and info.domain == REASON_DOMAIN
-            for key, value in self.metadata
-            if key == STATUS_DETAILS and isinstance(value, bytes)
-            for info in _reasons(value)
+            for info in details_of(self.metadata, error_details_pb2.ErrorInfo)
         )
-
-
-def _reasons(value: bytes) -> Iterable[error_details_pb2.ErrorInfo]:
-    for detail in status_pb2.Status.FromString(value).details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            yield info
 
 
 def signed(metadata: Iterable[tuple[str, Any]], replica_id: str) -> Metadata:

@@ -10,6 +10,7 @@ import sys
 import grpc
 import structlog
 
+from prefixcache.hosts import host_and_port
 from prefixcache.routing.gateway import Gateway, Settings
 
 log = structlog.get_logger()
@@ -35,10 +36,9 @@ async def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    name = f"[{host}]" if ":" in host else host
     try:
-        port = await gateway.start(f"{name}:{port}", credentials)
-        log.info(f"the gateway is at {name}:{port}", policy=settings.policy, tls=credentials is not None)
+        port = await gateway.start(host_and_port(host, port), credentials)
+        log.info(f"the gateway is at {host_and_port(host, port)}", policy=settings.policy, tls=credentials is not None)
         await asked.wait()
         log.info(
             f"shutting down: {gateway.active} calls may go on for {drain_seconds:g} seconds; a second signal ends them"

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from prefixcache.answering import answer_each
 from prefixcache.results import REPLICA
 from prefixcache.routing.cache_calls import SERVICE, parsed
 from prefixcache.routing.fleet import Fleet, clock
@@ -41,26 +42,14 @@ class Warming:
         """
         await self._fleet.ready()
         call = _Call(self._fleet, self._placement, incoming)
-        room = asyncio.Semaphore(AT_ONCE * max(len(self._fleet.usable), 1))
-        writing = asyncio.Lock()  # a stream takes one message at a time
+        at_once = AT_ONCE * max(len(self._fleet.usable), 1)
 
-        async def answer(position: int, data: bytes) -> None:
-            response = await call.warm(position, data)
-            async with writing:
-                await context.write(response.SerializeToString())
-            room.release()
+        async def answer(position: int, data: bytes) -> bytes:
+            return (await call.warm(position, data)).SerializeToString()
 
         try:
-            async with asyncio.TaskGroup() as group:
-                position = 0
-                await room.acquire()
-                async for data in requests:
-                    group.create_task(answer(position, data))
-                    position += 1
-                    await room.acquire()  # before the next is read: whoever sends too fast has to wait
+            await answer_each(requests, at_once, answer, context.write)
             return await call.end()
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
         finally:
             await call.close()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from redis import Redis
@@ -14,16 +12,7 @@ from prefixcache.tokens import HASH_BYTES
 from tests.engine.serving import BLOCK, FINGERPRINT, RunningServer
 from tests.redis import RedisServer
 
-WAIT_SECONDS = 20.0
 GROUP = Group("main", FINGERPRINT, BLOCK)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return when it holds."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "it never came to hold"
-        time.sleep(0.01)
 
 
 def secret_file(directory: Path, secret: str = "kept among the replicas") -> str:

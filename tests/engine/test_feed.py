@@ -472,7 +472,7 @@ def test_a_watcher_that_leaves_leaves_nothing(server: RunningServer) -> None:
 
 def test_a_watcher_to_whom_nothing_happens_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pings of a client who waits are no attack, however long the silence."""
-    monkeypatch.setattr("engine.server.PING_MILLISECONDS", 20)
+    monkeypatch.setattr("prefixcache.listening.PING_MILLISECONDS", 20)
     options = (("grpc.keepalive_time_ms", 100), ("grpc.http2.max_pings_without_data", 0))
     with RunningServer(PaperEngine()) as server, grpc.insecure_channel(server.address, options=options) as channel:
         watch = cache_pb2_grpc.CacheServiceStub(channel).WatchEvents(cache_pb2.WatchEventsRequest(), timeout=3.6)

@@ -20,11 +20,12 @@ from prefixcache.hints.schema import Group
 from prefixcache.local import LocalServer
 from prefixcache.results import Lookup, ReplicaPrefix
 from prefixcache.tokens import HASH_BYTES
-from tests.engine.hinted import cached, leases, publishes_exactly, secret_file, wait_until
+from tests.engine.hinted import cached, leases, publishes_exactly, secret_file
 from tests.engine.paper import generate
 from tests.engine.serving import BLOCK, GatedRunner, PaperEngine, RunningServer
 from tests.engine.tenancy import entry, write
 from tests.redis import RedisServer
+from tests.waiting import until
 
 PROMPT = [(7 * number) % 251 for number in range(100)]  # 96 of them are whole blocks
 NOBODY = "redis://127.0.0.1:1"
@@ -53,7 +54,7 @@ def test_what_is_published_is_what_is_cached(redis: RedisServer, tmp_path: Path)
 
         def agrees(blocks: int) -> None:
             assert len(cached(server)) == blocks * HASH_BYTES
-            wait_until(lambda: publishes_exactly(redis, server))
+            until(lambda: publishes_exactly(redis, server))
 
         agrees(0)
         for client in (a, b):
@@ -70,11 +71,11 @@ def test_what_is_published_is_what_is_cached(redis: RedisServer, tmp_path: Path)
         for number in range(20):
             b.generate([number, *PROMPT], max_tokens=1)
         assert server.stats().cache.evicted > 0
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
         boss.unpin("beginning", published=True)
         for client in (a, b, boss):
             client.invalidate(everything=True)
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
         server.check()
 
 
@@ -89,11 +90,11 @@ def test_watchers_of_events_and_redis_are_told_alike(redis: RedisServer) -> None
             client.generate([1, *PROMPT], max_tokens=1)
             while len(hashes) < 12:
                 hashes |= set(next(watch).hashes)  # type: ignore[union-attr]  # stored
-        wait_until(lambda: not server.server.front.feed._channels)
+        until(lambda: not server.server.front.feed._channels)
         assert b"".join(sorted(hashes)) == b"".join(sorted(split(cached(server))))
         client.generate([2, *PROMPT], max_tokens=1)
         assert len(cached(server)) == 18 * HASH_BYTES
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
 
 
 def test_what_was_too_much_to_note_is_published_from_the_cache(
@@ -105,9 +106,9 @@ def test_what_was_too_much_to_note_is_published_from_the_cache(
         for number in range(12):
             client.generate([number, *PROMPT], max_tokens=1)
         assert server.stats().cache.evicted > 0
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
         client.invalidate(everything=True)
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
         server.check()
 
 
@@ -119,30 +120,30 @@ def test_the_lease_says_who_and_how_busy(redis: RedisServer) -> None:
         runner,
         Client(server.address) as client,
     ):
-        wait_until(lambda: "one" in leases(redis))
+        until(lambda: "one" in leases(redis))
         lease = leases(redis)["one"]
         assert (lease.address, lease.model, lease.block_size, lease.blocks) == (server.address, "paper", BLOCK, 256)
         streams = [client.stream(PROMPT, max_tokens=2, namespace="x")]
-        wait_until(lambda: leases(redis)["one"].load.running == 1)  # its first step has been put together
+        until(lambda: leases(redis)["one"].load.running == 1)  # its first step has been put together
         streams += [client.stream(PROMPT, max_tokens=2, namespace=name) for name in ("y", "z")]
         server.wait_until_active(3)
-        wait_until(lambda: leases(redis)["one"].load.waiting == 2)
+        until(lambda: leases(redis)["one"].load.waiting == 2)
         load = leases(redis)["one"].load
         assert (load.running, load.waiting_tokens, load.cached) == (1, 100, 0)
         runner.permits.release()
-        wait_until(lambda: leases(redis)["one"].load.waiting_tokens == 200)
+        until(lambda: leases(redis)["one"].load.waiting_tokens == 200)
         load = leases(redis)["one"].load
         assert (load.running, load.waiting, load.free) == (1, 2, 249)
         runner.open()
         assert [stream.result().usage.completion_tokens for stream in streams] == [2, 2, 2]
         again = client.generate(PROMPT, max_tokens=2, namespace="x").usage
-        wait_until(lambda: leases(redis)["one"].load.prompt_tokens == 400)
+        until(lambda: leases(redis)["one"].load.prompt_tokens == 400)
         load = leases(redis)["one"].load
         assert (load.running, load.waiting, load.waiting_tokens, load.cached_tokens) == (0, 0, 0, again.cached_tokens)
         assert (load.cached, load.free) == (server.stats().cache.cached, server.stats().cache.free)
         assert not leases(redis)["one"].draining
         assert server.drain(1.0)
-        wait_until(lambda: leases(redis)["one"].draining)
+        until(lambda: leases(redis)["one"].draining)
     assert leases(redis) == {}
 
 
@@ -160,7 +161,7 @@ def test_what_waits_counts_without_what_is_cached(redis: RedisServer) -> None:
         streams = [client.stream([*PROMPT[:96], *[number] * 10], max_tokens=2) for number in range(4)]
         server.wait_until_active(4)
         runner.permits.release()
-        wait_until(lambda: leases(redis)["one"].load.waiting_tokens == 30)
+        until(lambda: leases(redis)["one"].load.waiting_tokens == 30)
         assert leases(redis)["one"].load.waiting == 3
         for stream in streams:
             stream.close()
@@ -209,7 +210,7 @@ def test_commands_show_the_others(redis: RedisServer) -> None:
             arguments = [command, "-", "--json", "--address", here.address]
             found = f'"elsewhere": [{{"replica_id": "there", "address": "{there.address}", "cached_tokens": 208}}]'
             assert found in run.invoke(app, arguments, input=text).stdout
-        wait_until(lambda: (hints := client.stats().hints) is not None and hints.current and hints.blocks == 13)
+        until(lambda: (hints := client.stats().hints) is not None and hints.current and hints.blocks == 13)
         shown = " ".join(run.invoke(app, ["stats", "--address", there.address]).stdout.split())
         assert "hints 13 blocks known to others as there; current" in shown
 
@@ -241,7 +242,7 @@ def test_deployments_with_other_secrets_share_no_hash(redis: RedisServer, tmp_pa
         for server in (*servers, same):
             client = exits.enter_context(Client(server.address))
             client.generate(PROMPT, max_tokens=1)
-            wait_until(lambda server=server: publishes_exactly(redis, server))  # type: ignore[misc]
+            until(lambda server=server: publishes_exactly(redis, server))  # type: ignore[misc]
         hashes = [set(split(cached(server))) for server in (*servers, same)]
         assert len(hashes[0]) == 6
         assert not hashes[0] & hashes[1] and hashes[1] == hashes[2]
@@ -259,7 +260,7 @@ def test_requests_are_answered_the_same_without_redis(redis: RedisServer, broken
     with RunningServer(PaperEngine(), redis=url) as server, Client(server.address) as client:
         if broken in ("killed", "paused"):
             client.generate(PROMPT, max_tokens=1)
-            wait_until(lambda: publishes_exactly(redis, server))
+            until(lambda: publishes_exactly(redis, server))
             redis.stop() if broken == "killed" else redis.pause()
         with ThreadPoolExecutor(8) as pool:
             prompts = [[number, *PROMPT] for number in range(24)]
@@ -268,7 +269,7 @@ def test_requests_are_answered_the_same_without_redis(redis: RedisServer, broken
         found = client.lookup(prompts[0], timeout=20)
         assert (found.cached_tokens, found.elsewhere) == (100, ())
         if broken != "paused":
-            wait_until(lambda: (hints := client.stats().hints) is not None and hints.error != "")
+            until(lambda: (hints := client.stats().hints) is not None and hints.error != "")
         server.check()
 
 
@@ -276,12 +277,12 @@ def test_all_is_known_again_when_redis_is_back(redis: RedisServer) -> None:
     """A Redis that was restarted empty, or did not answer for a while, learns what was stored meanwhile."""
     with RunningServer(PaperEngine(), redis=redis.url) as server, Client(server.address) as client:
         client.generate(PROMPT, max_tokens=1)
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
         for number, (harm, repair) in enumerate(((redis.stop, redis.start), (redis.pause, redis.resume))):
             harm()
             client.generate([number, *PROMPT], max_tokens=1)
             repair()
-            wait_until(lambda: publishes_exactly(redis, server))
+            until(lambda: publishes_exactly(redis, server))
         assert len(cached(server)) == 18 * HASH_BYTES
 
 
@@ -289,7 +290,7 @@ def test_a_server_ends_while_redis_does_not_answer(redis: RedisServer) -> None:
     """Its callers are answered first; nothing waits for Redis for long."""
     server = RunningServer(PaperEngine(), redis=redis.url)
     with server, Client(server.address) as client:
-        wait_until(lambda: publishes_exactly(redis, server))
+        until(lambda: publishes_exactly(redis, server))
         redis.pause()
         assert client.generate(PROMPT, max_tokens=2).token_ids == generate(PROMPT, 2, 256)
 
@@ -307,7 +308,7 @@ def test_a_process_that_is_told_to_end_leaves_redis(tmp_path: Path) -> None:
             def keys() -> str:
                 return redis.cli("--no-auth-warning", "-a", "open-sesame", "keys", "*")
 
-            wait_until(lambda: f"{{{group}}}:blocks:one:" in keys())
+            until(lambda: f"{{{group}}}:blocks:one:" in keys())
             server.process.send_signal(signal.SIGTERM)
             server.process.wait(30)
             assert f"{{{group}}}" not in keys()
@@ -388,7 +389,7 @@ def looked_up(client: Client, condition: Callable[[Lookup], bool], prompt: str |
         last[:] = [client.lookup(prompt, timeout=20)]
         return condition(last[0])
 
-    wait_until(holds)
+    until(holds)
     return last[0]
 
 

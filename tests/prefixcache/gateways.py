@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from prefixcache.routing.gateway import Gateway, Settings
 
 WAIT_SECONDS = 20.0
-
-
-def until(condition: Callable[[], object], what: str = "it") -> None:
-    """Wait for a condition, and fail if it does not come true."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        time.sleep(0.005)
 
 
 class RunningGateway:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -22,18 +20,10 @@ from prefixcache.hints.schema import STATE_BYTES, Group, Keys, Lease, Load
 from prefixcache.hints.table import BUCKET_BYTES, MARK_BYTES, Table
 from prefixcache.lease import Removed, Stored
 from prefixcache.tokens import HASH_BYTES
+from tests.waiting import until
 
 GROUP = Group("main", "9f8e7d6c5b4a3210", 16)
-WAIT_SECONDS = 30.0
 LEASE_SECONDS = 1.0
-
-
-def until(condition: Callable[[], object], what: str = "it") -> None:
-    """Wait for a condition, and fail if it does not come true."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true: {condition}"
-        time.sleep(0.005)
 
 
 def chain(seed: int, blocks: int = 300) -> bytes:

@@ -12,10 +12,10 @@ from typer.testing import CliRunner, Result
 from prefixcache.cli import app
 from prefixcache.client import Client
 from tests.engine.serving import PaperEngine, RunningServer
-from tests.prefixcache.gateways import until
 from tests.prefixcache.test_cli import on_terminal
 from tests.redis import RedisServer
 from tests.serving import free_port
+from tests.waiting import until
 
 
 def run(*arguments: str, **variables: str) -> Result:

@@ -18,9 +18,9 @@ from prefixcache.client import Client
 from prefixcache.errors import Unavailable
 from tests.engine.authority import Authority
 from tests.engine.serving import GatedRunner, PaperEngine, RunningServer
-from tests.prefixcache.gateways import until
 from tests.redis import RedisServer
 from tests.serving import command, environment, free_port
+from tests.waiting import until
 
 
 class Routing:

@@ -30,8 +30,9 @@ from prefixcache.v1 import generation_pb2, prompt_pb2
 from tests.engine.paper import generate
 from tests.engine.serving import GatedRunner, PaperEngine, RunningServer
 from tests.engine.tenancy import entry, write
-from tests.prefixcache.gateways import RunningGateway, until
+from tests.prefixcache.gateways import RunningGateway
 from tests.serving import free_port
+from tests.waiting import until
 
 GENERATE = "/prefixcache.v1.GenerationService/Generate"
 REPLICA = "prefixcache-replica"

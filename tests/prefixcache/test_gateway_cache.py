@@ -18,7 +18,8 @@ from prefixcache.v1 import cache_pb2, cache_pb2_grpc, prompt_pb2
 from prefixcache.warming import ALL_REPLICAS
 from tests.engine.serving import GatedRunner, PaperEngine, RunningServer
 from tests.engine.tenancy import entry, write
-from tests.prefixcache.gateways import RunningGateway, until
+from tests.prefixcache.gateways import RunningGateway
+from tests.waiting import until
 
 PROMPT = "The harbour opens at six. Boats that come in the night wait at the outer wall. "
 ENDED = cache_pb2.WARM_STATE_FAILED

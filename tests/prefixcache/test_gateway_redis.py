@@ -14,9 +14,10 @@ from prefixcache.client import Client
 from prefixcache.errors import Unavailable
 from tests.engine.paper import generate
 from tests.engine.serving import PaperEngine, RunningServer
-from tests.prefixcache.gateways import RunningGateway, until
+from tests.prefixcache.gateways import RunningGateway
 from tests.redis import RedisServer
 from tests.serving import free_port
+from tests.waiting import until
 
 TOKENS = 320
 

@@ -14,9 +14,10 @@ from prefixcache.errors import InvalidArgument
 from prefixcache.hints.connection import NoHints, open_redis, shown
 from prefixcache.hints.locator import Locator
 from tests.engine.authority import Authority
-from tests.prefixcache.replica import GROUP, Replica, chain, until
+from tests.prefixcache.replica import GROUP, Replica, chain
 from tests.redis import Line, RedisServer, Sentinel
 from tests.serving import ROOT, free_port
+from tests.waiting import until
 
 PATIENT = 10.0
 

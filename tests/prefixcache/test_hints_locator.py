@@ -17,8 +17,9 @@ from prefixcache.hints.connection import NoHints
 from prefixcache.hints.locator import Locator
 from prefixcache.hints.schema import NO_STATE, Group, Keys, Lease, Load
 from prefixcache.hints.table import Table
-from tests.prefixcache.replica import GROUP, Replica, chain, each, until
+from tests.prefixcache.replica import GROUP, Replica, chain, each
 from tests.redis import Line, RedisServer
+from tests.waiting import until
 
 PATIENT = 10.0
 KEYS = Keys()

@@ -19,9 +19,10 @@ from prefixcache.hints import publisher, schema
 from prefixcache.hints.schema import Group, Keys, Lease, Load
 from prefixcache.naming import BlockNames
 from prefixcache.tokens import pack
-from tests.prefixcache.replica import GROUP, Replica, chain, each, table_of, until
+from tests.prefixcache.replica import GROUP, Replica, chain, each, table_of
 from tests.redis import Line, RedisServer
 from tests.serving import environment
+from tests.waiting import until
 
 KEYS = Keys()
 

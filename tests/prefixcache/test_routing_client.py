@@ -24,9 +24,9 @@ from tests.engine.hinted import leases
 from tests.engine.paper import generate
 from tests.engine.serving import PaperEngine, RunningServer
 from tests.engine.tenancy import entry, write
-from tests.prefixcache.gateways import until
 from tests.redis import RedisServer
 from tests.serving import environment, free_port
+from tests.waiting import until
 
 
 @contextlib.contextmanager

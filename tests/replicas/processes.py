@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,18 +26,11 @@ from prefixcache.tokens import HASH_BYTES
 from prefixcache.v1 import generation_pb2, generation_pb2_grpc, prompt_pb2
 from tests.engine.serving import BLOCK, FINGERPRINT
 from tests.serving import ROOT, environment, free_port
+from tests.waiting import until
 
 WAIT_SECONDS = 60.0
 LEASE_SECONDS = 2.0
 PAPER = Group("main", FINGERPRINT, BLOCK)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for a condition, and fail if it does not come true."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not come true"
-        time.sleep(0.01)
 
 
 class Nursery:

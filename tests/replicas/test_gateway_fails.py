@@ -7,8 +7,9 @@ import pytest
 from prefixcache.client import Client, RoutingClient
 from prefixcache.errors import Unavailable
 from tests.redis import RedisServer
-from tests.replicas.processes import Deployment, complete, until
+from tests.replicas.processes import Deployment, complete
 from tests.replicas.traffic import TIMEOUT, asked, at, beginning
+from tests.waiting import until
 
 BLOCKS = 64
 

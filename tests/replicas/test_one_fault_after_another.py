@@ -14,8 +14,9 @@ from prefixcache.client import Client
 from prefixcache.errors import Unavailable
 from tests.engine.paper import generate
 from tests.redis import Line, RedisServer
-from tests.replicas.processes import Deployment, Replica, complete, leases, until
+from tests.replicas.processes import Deployment, Replica, complete, leases
 from tests.replicas.traffic import VOCABULARY, beginning
+from tests.waiting import until
 
 SEED = 1000
 CALLERS = 6

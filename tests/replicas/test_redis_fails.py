@@ -12,8 +12,9 @@ import pytest
 from prefixcache.client import Client
 from prefixcache.errors import Unavailable
 from tests.redis import Line, RedisServer
-from tests.replicas.processes import LEASE_SECONDS, Deployment, Replica, complete, until
+from tests.replicas.processes import LEASE_SECONDS, Deployment, Replica, complete
 from tests.replicas.traffic import TIMEOUT, asked, at, beginning
+from tests.waiting import until
 
 BLOCKS = 64
 """Of a prefix so long that its requests go where it lies."""

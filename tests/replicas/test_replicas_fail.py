@@ -12,8 +12,9 @@ from prefixcache.errors import Unavailable
 from prefixcache.hints.schema import DEFAULT_PREFIX, Keys
 from tests.engine.paper import generate
 from tests.redis import RedisServer
-from tests.replicas.processes import PAPER, Deployment, Replica, complete, leases, located, until
+from tests.replicas.processes import PAPER, Deployment, Replica, complete, leases, located
 from tests.replicas.traffic import TIMEOUT, VOCABULARY, asked, at, beginning
+from tests.waiting import until
 
 LONG = 100
 """Blocks of a prefix so long that its replica gets its requests even if several wait there."""

@@ -17,8 +17,9 @@ from tests.engine.hinted import secret_file
 from tests.engine.serving import BLOCK, FINGERPRINT
 from tests.engine.tenancy import entry, hashed, write
 from tests.redis import RedisServer
-from tests.replicas.processes import Deployment, leases, until
+from tests.replicas.processes import Deployment, leases
 from tests.replicas.traffic import TIMEOUT
+from tests.waiting import until
 
 TENANT, TOKEN = "acme-rockets", "a-token-of-acme"
 OTHER, OTHER_TOKEN = "umbrella-inc", "a-token-of-umbrella"
