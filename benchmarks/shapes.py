@@ -49,13 +49,13 @@ def make(shape: str, directory: Path, dtype: str = "float32") -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
-        from engine.embedded import build_tokenizer
+        from engine.embedded.vocabulary import bytewise
 
         logging.disable_progress_bar()
         torch.manual_seed(0)
         options = dict(SHAPES[shape])
         config = AutoConfig.for_model(options.pop("model_type"), **options, bos_token_id=0, eos_token_id=1)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        build_tokenizer().save_pretrained(path)
+        bytewise().save_pretrained(path)
         model.save_pretrained(path)
     return path

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging as transformers_logging
 from xxhash import xxh3_128_hexdigest
 
 from engine import embedded
 from engine.config import EMBEDDED, EngineConfig
 from engine.kv import KVPool, free_memory
 from engine.loop import EngineLoop
-from engine.model import DTYPES, LoadedModel, from_pretrained_model, load_model, resolve_device
+from engine.model import LoadedModel, load_model
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.secret import read_secret
@@ -88,10 +90,8 @@ def load_engine(config: EngineConfig, on_death: OnDeath) -> Engine:
 
 
 def _load(config: EngineConfig) -> tuple[LoadedModel, Tokenizer]:
-    if config.model != EMBEDDED:
-        model = load_model(config.model, config.dtype, config.device)
-        return model, Tokenizer.load(config.model, model.vocab_size)
-    weights = embedded.build_model(DTYPES.get(config.dtype, torch.float32))
-    weights.to(resolve_device(config.device))  # type: ignore[arg-type]  # transformers' annotations are wrong
-    model = from_pretrained_model(weights, EMBEDDED)
-    return model, Tokenizer(embedded.build_tokenizer(), model.vocab_size)
+    source = str(embedded.DIRECTORY) if config.model == EMBEDDED else config.model
+    if config.model == EMBEDDED or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # over in no time, or among the lines of a log
+    model = load_model(source, config.dtype, config.device)
+    return model, Tokenizer.load(source, model.vocab_size)

@@ -8,7 +8,6 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 
@@ -17,11 +16,6 @@ from prefixcache.errors import PrefixCacheError
 from prefixcache.local import LocalServer
 
 console = Console(highlight=False)
-
-
-def handbook() -> str:
-    """Return the system prompt that the examples share: about 2,700 characters."""
-    return Path(__file__).with_name("handbook.md").read_text(encoding="utf-8")
 
 
 def fresh_namespace() -> str:

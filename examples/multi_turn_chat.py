@@ -4,40 +4,45 @@ from __future__ import annotations
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
-from _server import connect, console, fresh_namespace, handbook
-from prefixcache.explain import phrase
+from _server import connect, console, fresh_namespace
+from prefixcache import sample
 
 TURNS = [
-    "Hello! We are two adults and two children.",
-    "Which bike do we need for a day at the lake?",
-    "It may rain. Can we cancel tonight?",
-    "And what if the motor gives up on the way?",
-    "Good. What does it cost in all, deposit included?",
-    "Thank you, we will take it.",
+    "How much is the Korwood sofa?",
+    "And on which shelf is it?",
+    "What about the Dalland kettle?",
+    "How many pieces are left?",
+    "When do you close?",
+    "Thank you!",
 ]
 
 
 def main() -> None:
     with connect(__doc__) as client:
         namespace = fresh_namespace()
-        messages = [{"role": "system", "content": handbook()}]
+        messages = [{"role": "system", "content": sample.sheet()}]
         view = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for title in ("turn", "prompt", "cached", "prefilled"):
             view.add_column(title, justify="right")
-        view.add_column("why not more")
+        view.add_column("question and answer")
         view.add_column("TTFT ms", justify="right")
         computed = sent = 0
         for number, text in enumerate(TURNS, start=1):
             messages.append({"role": "user", "content": text})
             with console.status(f"Turn {number} of {len(TURNS)} ..."):
-                answer = client.generate(messages, max_tokens=24, namespace=namespace)
+                answer = client.generate(messages, max_tokens=32, namespace=namespace)
             messages.append({"role": "assistant", "content": answer.text})
             usage = answer.usage
             sent += usage.prompt_tokens
             computed += usage.computed_tokens
             counts = (number, usage.prompt_tokens, usage.cached_tokens, usage.computed_tokens)
-            view.add_row(*(f"{count:,}" for count in counts), phrase(answer), f"{(answer.ttft or 0.0) * 1000:,.0f}")
+            view.add_row(
+                *(f"{count:,}" for count in counts),
+                Text.assemble(text, "\n", (answer.text.strip(), "cyan")),
+                f"{(answer.ttft or 0.0) * 1000:,.0f}",
+            )
         console.print(view)
         console.print()
         conclusion = f"{sent:,} prompt tokens were sent in {len(TURNS)} turns, {computed:,} of them computed."

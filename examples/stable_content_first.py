@@ -9,20 +9,21 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from _server import connect, console, fresh_namespace, handbook
+from _server import connect, console, fresh_namespace
+from prefixcache import sample
 from prefixcache.client import Client
 from prefixcache.results import Completion
 
 CALLERS = ["09:14, caller 5513", "09:15, caller 2087", "09:17, caller 7740", "09:21, caller 3962"]
-QUESTION = "What does a Heron cost for a day?"
+QUESTION = "What does the Korwood sofa cost?"
 
 
 def changing_first(caller: str) -> str:
-    return f"Now: {caller}\n\n{handbook()}\n{QUESTION}\n"
+    return f"Now: {caller}\n\n{sample.sheet()}\n{QUESTION}\n"
 
 
 def stable_first(caller: str) -> str:
-    return f"{handbook()}\n{QUESTION}\n\nNow: {caller}\n"
+    return f"{sample.sheet()}\n{QUESTION}\n\nNow: {caller}\n"
 
 
 def ask(client: Client, prompts: list[str]) -> list[Completion]:

@@ -18,7 +18,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from _server import console, handbook
+from _server import console
+from prefixcache import sample
 from prefixcache.client import Client
 from prefixcache.errors import FailedPrecondition, NotFound, PrefixCacheError, Unavailable
 from prefixcache.local import LocalRedis, LocalServer, free_port
@@ -30,18 +31,18 @@ START_SECONDS = 20.0
 NAMES = ("one", "two")
 
 GROUPS = {
-    "rental": "You answer customers of the bicycle rental.",
-    "workshop": "You plan the day of the workshop's mechanics.",
+    "counter": "You answer customers at the counter.",
+    "storeroom": "You answer those who work in the storeroom.",
 }
 AGENTS = [
-    ("rental", "bookings", "A bike for three children on Friday?"),
-    ("workshop", "brakes", "Two cargo bikes squeal. Who looks at them?"),
-    ("rental", "refunds", "I cancelled at eight. What do I get back?"),
-    ("workshop", "tyres", "Four flat tyres by noon. Is that possible?"),
-    ("rental", "roadside", "The motor stopped on a bridge. Who comes?"),
-    ("workshop", "batteries", "Which batteries are charged tonight?"),
-    ("rental", "theft", "My Pelican is gone. What do I do first?"),
-    ("workshop", "parts", "What has to be ordered before Monday?"),
+    ("counter", "prices", "How much is the Korwood sofa?"),
+    ("storeroom", "shelves", "Where do I find the Teloda stool?"),
+    ("counter", "stock", "How many pieces of the Alida bowl are left?"),
+    ("storeroom", "deliveries", "When will there be more of the Noroda torch?"),
+    ("counter", "offers", "What does the Dalland kettle cost?"),
+    ("storeroom", "catalogue", "What is the article number of the Colima clock?"),
+    ("counter", "gifts", "What do I pay for the Corland vase?"),
+    ("storeroom", "returns", "On which shelf is the Oluna mirror?"),
 ]
 
 
@@ -102,26 +103,26 @@ def wait_for(name: str, address: str) -> None:
                 time.sleep(0.1)
 
 
-def conversation(group: str, name: str, question: str) -> Prompt:
-    """What an agent sends first: what all share, what its group shares, then its own."""
+def conversation(group: str, question: str) -> Prompt:
+    """What an agent sends first: what its group shares, then its own."""
     return [
-        {"role": "system", "content": f"{GROUPS[group]}\n{handbook()}\nYou are the agent for {name}."},
+        {"role": "system", "content": f"{GROUPS[group]} {sample.sheet()}"},
         {"role": "user", "content": question},
     ]
 
 
 def ask_all(client: Client, prompts: list[Prompt]) -> list[Completion]:
     """Let the first of each group ask before the others, who then ask at once."""
-    first = [client.generate(prompt, max_tokens=16) for prompt in prompts[: len(GROUPS)]]
+    first = [client.generate(prompt, max_tokens=32) for prompt in prompts[: len(GROUPS)]]
     with ThreadPoolExecutor(len(AGENTS)) as threads:
-        return first + list(threads.map(lambda prompt: client.generate(prompt, max_tokens=16), prompts[len(GROUPS) :]))
+        return first + list(threads.map(lambda prompt: client.generate(prompt, max_tokens=32), prompts[len(GROUPS) :]))
 
 
 def next_turn(prompt: Prompt, answer: Completion) -> Prompt:
     return [
         *prompt,
         {"role": "assistant", "content": answer.text},
-        {"role": "user", "content": "And if it rains?"},
+        {"role": "user", "content": "And what is the shelf?"},
     ]
 
 
@@ -150,7 +151,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started here ends then, too
     try:
         with two_replicas() as client:
-            prompts = [conversation(*agent) for agent in AGENTS]
+            prompts = [conversation(group, question) for group, _, question in AGENTS]
             with console.status("Eight agents ask, twice ..."):
                 first = ask_all(client, prompts)
                 second = ask_all(client, [next_turn(*pair) for pair in zip(prompts, first, strict=True)])

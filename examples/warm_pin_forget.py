@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from _server import connect, console, fresh_namespace, handbook
+from _server import connect, console, fresh_namespace
+from prefixcache import sample
 from prefixcache.explain import sentence
 
 
 def main() -> None:
     with connect(__doc__) as client:
         namespace = fresh_namespace()
-        system = handbook()
+        system = sample.sheet()
 
         with client.warm([system], namespace=namespace) as warming:
             for warmed in warming:
                 console.print(f"[bold]warm[/]        {warmed.state}: {warmed.prompt_tokens:,} tokens")
-        pinned = client.pin(system, "handbook", namespace=namespace, ttl=3600)
+        pinned = client.pin(system, "sheet", namespace=namespace, ttl=3600)
         console.print(f"[bold]pin[/]         {pinned.pinned_tokens:,} tokens stay, whatever others need")
 
         turn = f"{system}\nCustomer: Where is my bike?\nAgent calls the tracker"
@@ -30,7 +31,7 @@ def main() -> None:
         blocks = client.end_session("case-17", namespace=namespace)
         console.print(f"[bold]end[/]         {blocks} blocks of this case go first from now on")
 
-        client.unpin("handbook", namespace=namespace)
+        client.unpin("sheet", namespace=namespace)
         done = client.invalidate(system[:100], namespace=namespace)
         console.print(f"[bold]forget[/]      {done.freed_blocks} blocks are free")
         console.print(f"            {sentence(client.lookup(system, namespace=namespace))}", style="dim")

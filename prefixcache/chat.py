@@ -14,14 +14,17 @@ import secrets
 import sys
 from collections.abc import Iterator
 
-from prefixcache import terminal
+from prefixcache import sample, terminal
 from prefixcache.client import Client
 from prefixcache.errors import FailedPrecondition, PrefixCacheError, Unavailable
 from prefixcache.explain import cost
 from prefixcache.requests import GenerateOptions
 
 END_SECONDS = 2.0
+EMBEDDED = "embedded"
+"""The model that is given a sheet to answer from, if there is no other system prompt."""
 HELP = """\
+/system   show the system prompt
 /reset    begin a new conversation (with the same system prompt)
 /help     this list
 Ctrl+C    cancel the answer
@@ -36,6 +39,10 @@ class Conversation:
         self._options = options.copy()
         self._beginning = [{"role": "system", "content": system}] if system is not None else []
         self.reset()
+
+    @property
+    def system(self) -> str | None:
+        return self._beginning[0]["content"] if self._beginning else None
 
     def reset(self) -> None:
         """Begin anew, as another session."""
@@ -69,6 +76,12 @@ def chat(client: Client, system: str | None, options: GenerateOptions) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         terminal.note(f"{model.name} ({model.architecture}) at {client.target}; /help lists what you can do")
+    if system is None and model.name == EMBEDDED:
+        system = sample.sheet()
+        if interactive:
+            terminal.note("It answers from a sheet, which /system shows. Ask, for example:")
+            for question in sample.QUESTIONS:
+                terminal.note(f"  {question}")
     conversation = Conversation(client, system, options)
     try:
         _talk(conversation, interactive)
@@ -85,6 +98,8 @@ def _talk(conversation: Conversation, interactive: bool) -> None:
                 conversation.end()
                 conversation.reset()
                 terminal.note("a new conversation")
+            case "/system":
+                terminal.note(conversation.system or "there is no system prompt")
             case "/help":
                 terminal.note(HELP)
             case text if text.startswith("/") and " " not in text:

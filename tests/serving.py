@@ -6,12 +6,14 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from prefixcache.local import LocalServer, free_port
+from tests.engine import models
 
-__all__ = ["ROOT", "command", "environment", "free_port", "python", "server"]
+__all__ = ["ROOT", "command", "environment", "free_port", "noise_server", "python", "server"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,3 +53,13 @@ def server(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     small = ("--cache-memory", "64MiB", "--threads", "2")
     with LocalServer(*small, *options, environment=environment()) as running:
         yield running.address, running.process
+
+
+@contextlib.contextmanager
+def noise_server(*options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same with random weights and a token per byte: counts can be read off a prompt, and output never ends."""
+    with tempfile.TemporaryDirectory() as directory:
+        shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
+        path = models.make("llama", Path(directory), tokenizer=True, max_position_embeddings=8192, **shape)
+        with server("--model", str(path), *options) as running:
+            yield running

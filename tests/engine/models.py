@@ -113,7 +113,7 @@ def make(architecture: str, directory: Path, *, tokenizer: bool = False, **chang
     path = directory / architecture
     build(architecture, **changes).save_pretrained(path)
     if tokenizer:
-        from engine.embedded import build_tokenizer
+        from engine.embedded.vocabulary import bytewise
 
-        build_tokenizer().save_pretrained(path)
+        bytewise().save_pretrained(path)
     return path

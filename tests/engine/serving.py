@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from engine import embedded
 from engine.assembly import Engine, OnDeath, load_engine
 from engine.config import EngineConfig, load
+from engine.embedded.vocabulary import BYTEWISE_SIZE, bytewise
 from engine.loop import EngineLoop, StepRunner
 from engine.request import Sampled
 from engine.scheduler import EngineStats, Scheduler, Step
@@ -152,7 +152,7 @@ class PaperEngine:
     ) -> None:
         self._blocks = blocks
         self._max_running = max_running
-        self._tokenizer = tokenizer or Tokenizer(embedded.build_tokenizer(), embedded.VOCAB_SIZE)
+        self._tokenizer = tokenizer or Tokenizer(bytewise(), BYTEWISE_SIZE)
         self._runner = runner or PaperRunner(blocks, BLOCK, 256)
 
     def __call__(self, config: EngineConfig, on_death: OnDeath) -> Engine:
@@ -178,7 +178,7 @@ class PaperEngine:
             "paper",
             "paper",
             PAPER_LENGTH,
-            embedded.VOCAB_SIZE,
+            BYTEWISE_SIZE,
             "float32",
             "cpu",
             BLOCK,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine import assembly, embedded
+from engine import assembly
 from engine.assembly import Engine, load_engine
 from engine.config import load
+from engine.embedded.vocabulary import bytewise
 from engine.scheduler import Scheduler
 from prefixcache.cache import PrefixCache
 from prefixcache.client import Client
@@ -49,9 +50,9 @@ def test_the_cache_changes_the_work_and_not_the_answer(client: Client) -> None:
 def test_a_shared_system_prompt_is_computed_once(client: Client) -> None:
     """Another question after the same beginning reuses it up to the first token that differs."""
     turns = [{"role": "system", "content": SYSTEM + "Answer briefly."}]
-    first = client.generate([*turns, {"role": "user", "content": "One?"}], max_tokens=4, timeout=60)
-    second = client.generate([*turns, {"role": "user", "content": "Two?"}], max_tokens=4, timeout=60)
-    shared = len(client.tokenize([*turns, {"role": "user", "content": "Two?"}], timeout=60)) - len(b"Two?") - 2
+    prompts = [client.tokenize([*turns, {"role": "user", "content": text}], timeout=60) for text in ("One?", "Two?")]
+    shared = next(place for place, (one, other) in enumerate(zip(*prompts, strict=False)) if one != other)
+    first, second = (client.generate(prompt, max_tokens=4, timeout=60) for prompt in prompts)
     assert first.usage.cached_tokens < shared
     assert (second.usage.cached_tokens, second.miss_reason, second.miss_position) == (shared, "diverged", shared)
 
@@ -86,9 +87,9 @@ def test_the_model_describes_itself(client: Client) -> None:
     """Name, sizes and precision are those of what was loaded."""
     model = client.model(timeout=60)
     assert (model.name, model.architecture, model.dtype, model.device) == ("embedded", "llama", "float32", "cpu")
-    assert (model.max_length, model.vocab_size) == (embedded.MAX_LENGTH, embedded.VOCAB_SIZE)
+    assert (model.max_length, model.vocab_size) == (4096, 2048)
     assert (model.block_size, model.has_chat_template) == (16, True)
-    assert model.eos_token_ids == (embedded.build_config().eos_token_id,)
+    assert model.eos_token_ids == (1,)
     blocks = client.stats(timeout=60).blocks
     assert blocks.total * blocks.bytes_per_block <= 32 * 2**20 < (blocks.total + 1) * blocks.bytes_per_block
 
@@ -128,7 +129,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=257,
     )
     LlamaForCausalLM(config).save_pretrained(path)
-    embedded.build_tokenizer().save_pretrained(path)
+    bytewise().save_pretrained(path)
     return path
 
 

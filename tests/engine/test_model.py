@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine import probe
+from engine import embedded, probe
 from engine.attention import AttentionStep
-from engine.embedded import build_model
 from engine.kv import LayerGeometry
 from engine.model import from_pretrained_model, load_model
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -278,6 +277,6 @@ def test_on_the_gpu(saved: Path, dtype: str) -> None:
 
 
 def test_the_embedded_model_can_be_served() -> None:
-    """The model that needs no download passes the probe."""
-    loaded = from_pretrained_model(build_model(), "embedded")
-    assert loaded.architecture == "llama" and loaded.max_length == 8192
+    """The model that needs no download is a directory like any other, and has its name."""
+    loaded = load_model(str(embedded.DIRECTORY))
+    assert (loaded.name, loaded.architecture, loaded.max_length) == ("embedded", "llama", 4096)

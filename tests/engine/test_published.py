@@ -63,7 +63,7 @@ def test_only_administrators_publish_and_see_what_is_published(server: RunningSe
 
 def test_answers_behind_a_published_prompt_are_those_of_a_cold_one() -> None:
     """With a real model: greedy tokens agree while nearly all of the prompt comes from the cache."""
-    system = "You are the clerk of a small harbour. Boats that come at night wait at the outer wall. " * 3
+    system = "You are the clerk of a small harbour. Boats that come at night wait at the outer wall. " * 10
     with RunningServer(model="embedded", cache_memory="16MiB") as server, Client(server.address) as client:
         client.pin(system, "clerk", published=True)
         for namespace in ("", "team"):

@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from transformers import PreTrainedTokenizerFast
 
-from engine import embedded
 from engine.assembly import Engine, OnDeath
 from engine.config import EngineConfig, load
+from engine.embedded.vocabulary import BYTEWISE_SIZE, bytewise
 from engine.server import Server
 from engine.tokenizer import Tokenizer
 from prefixcache.client import AsyncClient, Client
@@ -222,9 +222,9 @@ def test_a_prompt_longer_than_the_pool_is_refused() -> None:
 
 def test_messages_without_a_chat_template_are_refused() -> None:
     """FAILED_PRECONDITION, and what to send instead."""
-    pretrained: PreTrainedTokenizerFast = embedded.build_tokenizer()
+    pretrained: PreTrainedTokenizerFast = bytewise()
     pretrained.chat_template = None
-    tokenizer = Tokenizer(pretrained, embedded.VOCAB_SIZE)
+    tokenizer = Tokenizer(pretrained, BYTEWISE_SIZE)
     with RunningServer(PaperEngine(tokenizer=tokenizer)) as server, Client(server.address) as client:
         assert not client.model(timeout=10).has_chat_template
         with pytest.raises(FailedPrecondition, match=r"no chat template.* send the prompt as text or as token ids"):

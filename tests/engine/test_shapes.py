@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from engine import embedded
+from engine.embedded.vocabulary import BYTEWISE_SIZE, bytewise
 from engine.request import Started
 from engine.shapes import COMPUTED_AT_ONCE, MAX_WATCHERS, QUEUED, PieceShape, Shape, Shapes, Watcher
 from engine.tenants import Caller, namespace_key
@@ -35,7 +35,7 @@ from tests.engine.tenancy import entry, write
 
 ANNA, BOB, ROOT = Caller("anna", admin=False), Caller("bob", admin=False), Caller("root", admin=True)
 STARTED = Started(100, 40, MissReason.DIVERGED, 40)
-TOKENIZER = Tokenizer(embedded.build_tokenizer(), embedded.VOCAB_SIZE)
+TOKENIZER = Tokenizer(bytewise(), BYTEWISE_SIZE)
 SECRET = "Guest Anastasia Featherstone, born 1987-03-14, lives in Harbourview; her code is tulip_4711."
 
 
@@ -151,7 +151,7 @@ async def test_prompts_that_come_faster_than_they_are_computed_are_left_out(shap
             gate.wait(10)
             return super().decode(ids)
 
-    slow = Slow(embedded.build_tokenizer(), embedded.VOCAB_SIZE)
+    slow = Slow(bytewise(), BYTEWISE_SIZE)
     async with shapes.watch(ANNA) as watcher:
         for _ in range(COMPUTED_AT_ONCE + 10):
             shapes.saw([104, 105], namespace_key("anna", ""), STARTED, slow)

@@ -7,7 +7,6 @@ import random
 import time
 from collections import Counter
 
-from engine import embedded
 from engine.request import Sampled
 from engine.scheduler import Step
 from prefixcache.client import AsyncClient
@@ -111,7 +110,7 @@ def test_storm_on_the_real_engine() -> None:
                 answers.append(completion.token_ids)
             return answers
 
-    block = 16 * embedded.build_model().config.num_hidden_layers * 2 * 4 * 32 * 4  # bytes: 6 layers, 4 heads of 32
+    block = 16 * 4 * 2 * 4 * 64 * 4  # bytes: 16 tokens, 4 layers, keys and values of 4 heads, 64 numbers in float32
     with RunningServer(model="embedded", cache_memory=str(40 * block), max_running=16) as server:
         storm = asyncio.run(together(server.address))
         server.wait_until_idle()

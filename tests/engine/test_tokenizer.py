@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from engine import embedded
+from engine.embedded.vocabulary import BYTEWISE_SIZE, bytewise
 from engine.tokenizer import Chat, TextStream, Tokenizer
 from prefixcache.errors import FailedPrecondition, InvalidArgument
 
@@ -17,7 +17,7 @@ SPACE = "\u2581"
 
 
 def byte_level() -> Tokenizer:
-    return Tokenizer(embedded.build_tokenizer(), embedded.VOCAB_SIZE + 10)
+    return Tokenizer(bytewise(), BYTEWISE_SIZE + 10)
 
 
 def wrapped(backend: Backend, size: int) -> Tokenizer:
@@ -88,7 +88,7 @@ def test_a_stream_of_byte_tokens_gives_the_text_back(text: str) -> None:
     assert streamed(BYTES, ids)[0] == text == BYTES.decode(ids)
 
 
-@given(st.lists(st.integers(0, embedded.VOCAB_SIZE + 9)))
+@given(st.lists(st.integers(0, BYTEWISE_SIZE + 9)))
 @settings(max_examples=300)
 def test_a_stream_of_random_bytes_equals_decoding_them_at_once(ids: list[int]) -> None:
     """Invalid UTF-8, special tokens and ids without a token stream to the text that decode gives."""
@@ -291,7 +291,7 @@ def test_the_place_in_a_conversation_is_in_what_the_template_renders() -> None:
     assert [BYTES.locate(chat, tokens) for tokens in range(len(ends))] == [(text, end) for end in ends]
 
 
-@given(st.lists(st.integers(0, embedded.VOCAB_SIZE + 9)), st.integers(0, 60))
+@given(st.lists(st.integers(0, BYTEWISE_SIZE + 9)), st.integers(0, 60))
 def test_the_place_in_token_ids_is_where_their_texts_agree(ids: list[int], tokens: int) -> None:
     """Token ids are decoded, special ones included; what comes before the place is in the text of those tokens."""
     text, characters = BYTES.locate(ids, tokens)

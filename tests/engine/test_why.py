@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from engine import embedded
+from engine.embedded.vocabulary import BYTEWISE_SIZE, bytewise
 from engine.tokenizer import Tokenizer
 from prefixcache.client import AsyncClient, Client
 from prefixcache.errors import FailedPrecondition, InvalidArgument
@@ -156,10 +156,10 @@ def test_bad_prompts_are_refused_with_text_as_without(client: Client) -> None:
     for prompt in ("", [], [999]):
         with pytest.raises(InvalidArgument):
             client.lookup(prompt, with_text=True)
-    without = embedded.build_tokenizer()
+    without = bytewise()
     without.chat_template = None
     with (
-        RunningServer(PaperEngine(tokenizer=Tokenizer(without, embedded.VOCAB_SIZE))) as server,
+        RunningServer(PaperEngine(tokenizer=Tokenizer(without, BYTEWISE_SIZE))) as server,
         Client(server.address) as other,
         pytest.raises(FailedPrecondition, match="no chat template"),
     ):

@@ -20,13 +20,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from prefixcache import terminal
+from prefixcache import sample, terminal
 from prefixcache.cli import app
 from prefixcache.client import Client
 from prefixcache.explain import phrase, sentence
 from prefixcache.reasons import MissReason
 from prefixcache.results import BlockStats, Lookup, RequestStats, Stats, TokenStats
-from tests.serving import command, environment, free_port, server
+from tests.serving import command, environment, free_port, noise_server, server
 
 # Makes stdin the terminal that controls a new session, and becomes the command in its arguments.
 TAKE_TERMINAL = """
@@ -39,7 +39,7 @@ PROMPT = "The harbour opens at six. Boats that come in the night wait at the out
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with server() as (address, _):
+    with noise_server() as (address, _):
         yield address
 
 
@@ -509,6 +509,19 @@ def test_chat_with_piped_turns(address: str) -> None:
     assert first <= cached == second - prefilled
     assert (again, all_but_one, one) == (first, first - 1, 1)
     assert ">" not in result.stdout.partition("\n")[0][:2]
+
+
+def test_chat_with_the_embedded_model_brings_a_sheet() -> None:
+    """Without a system prompt there is one to ask about; follow-ups are understood, and the sheet stays cached."""
+    turns = "/system\nHow much is the Korwood sofa?\nAnd on which shelf is it?\n"
+    with server() as (address, _):
+        result = run("chat", "--address", address, stdin=turns)
+    assert result.exit_code == 0
+    assert sample.sheet() in result.stderr
+    first, second = result.stdout.splitlines()
+    assert "60.75 euros" in first and "W 32" in second
+    costs = re.findall(r"([\d,]+) prompt tokens = ([\d,]+) cached", result.stderr)
+    assert [int(cached.replace(",", "")) > 1200 for _, cached in costs] == [False, True]
 
 
 # Words and numbers

@@ -10,14 +10,14 @@ from typer.testing import CliRunner, Result
 
 from prefixcache.cli import app
 from prefixcache.client import Client
-from tests.serving import server
+from tests.serving import noise_server
 
 PROMPT = "The harbour opens at six. Boats that come in the night wait at the outer wall. "  # a token per byte
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with server() as (address, _):
+    with noise_server() as (address, _):
         yield address
 
 
