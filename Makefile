@@ -44,6 +44,7 @@ proto-check: proto  ## the generated code is that of proto/
 bench: $(STAMP)  ## the benchmarks of the README, in their quick form
 	@$(BIN)/python -m benchmarks.bench_tree --quick
 	@$(BIN)/python -m benchmarks.bench_ttft --quick
+	@$(BIN)/python -m benchmarks.bench_quality --quick
 	@$(BIN)/python -m benchmarks.bench_warm --quick
 	@$(BIN)/python -m benchmarks.bench_hints --quick
 	@$(BIN)/python -m benchmarks.bench_redis --quick
