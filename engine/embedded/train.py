@@ -324,7 +324,7 @@ app = typer.Typer(add_completion=False)
 def main(
     out: Annotated[Path, typer.Option(help="Directory for model, tokenizer, checkpoint and log.")],
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
-    tokens: Annotated[int, typer.Option(min=4096, help="Tokens a step.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens a step; of one row at least.")] = 8192,
     workers: Annotated[int, typer.Option(min=1, help="Processes; 1 with a GPU.")] = 2,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,

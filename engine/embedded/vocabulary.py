@@ -32,7 +32,7 @@ CHAT_TEMPLATE = """\
 {{ raise_exception("role " ~ message.role ~ " is none of system, user, assistant, tool") }}
 {%- endif -%}
 {{ "<|" ~ message.role ~ "|>" }}{{ message.content or "" }}
-{%- for call in message.tool_calls or [] %}{{ call.function | default(call) | tojson }}
+{%- for call in message.tool_calls or [] %}{{ "\\n" if not loop.first }}{{ call.function | default(call) | tojson }}
 {%- endfor -%}
 {{ "<|end|>" }}
 {%- endfor -%}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Iterator
 from random import Random
 
@@ -14,6 +16,7 @@ from prefixcache import sample
 from prefixcache.client import Client
 from prefixcache.results import Completion
 from tests.engine.serving import RunningServer
+from tests.serving import command, environment
 
 BLOCK_BYTES = 16 * 4 * 2 * 256 * 4
 """16 tokens, 4 layers, keys and values of 256 numbers in float32."""
@@ -133,6 +136,18 @@ def test_the_sample_is_answered(client: Client) -> None:
         messages.append({"role": "assistant", "content": answer.text})
         assert fact in answer.text
         assert number == 0 or answer.usage.cached_tokens > 1200
+
+
+def test_chat_brings_the_sample(server: RunningServer) -> None:
+    """`prefixcache chat` without a system prompt: there is one to ask about, and it stays cached."""
+    turns = "/system\nHow much is the Korwood sofa?\nAnd on which shelf is it?\n"
+    chat = command("chat", "--namespace", "chat", "--address", server.address)
+    result = subprocess.run(chat, input=turns, env=environment(), capture_output=True, text=True, check=True)
+    assert sample.sheet() in result.stderr
+    first, second = result.stdout.splitlines()
+    assert "60.75 euros" in first and "W 32" in second
+    costs = re.findall(r"([\d,]+) prompt tokens = ([\d,]+) cached", result.stderr)
+    assert [int(cached.replace(",", "")) > 1200 for _, cached in costs] == [False, True]
 
 
 def test_every_desk_can_be_asked_in_every_layout(client: Client) -> None:

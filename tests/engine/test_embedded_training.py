@@ -42,7 +42,7 @@ def run(*arguments: str) -> str:
 @pytest.mark.usefixtures("small")
 def test_it_learns_writes_a_model_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal seeds give equal weights, in one go or in two; the log tells of a loss that falls."""
-    options = ("--steps", "6", "--tokens", "4096", "--workers", "1")
+    options = ("--steps", "6", "--tokens", "1024", "--workers", "1")
     run("--out", str(tmp_path / "one"), *options)
     losses = [
         float(line.split("loss ")[1].split(",")[0]) for line in (tmp_path / "one/train.log").read_text().splitlines()
@@ -75,7 +75,7 @@ def test_it_learns_writes_a_model_and_goes_on_where_it_stopped(tmp_path: Path, m
 @pytest.mark.usefixtures("small")
 def test_two_workers_learn_the_same_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Processes that share a step keep equal weights: the first one's file is both's."""
-    recipe = Recipe(2, 4096, 2, 0)
+    recipe = Recipe(2, 512, 2, 0)
     start_processes(_two_steps, (recipe, tmp_path, tokenizer, train.free_port()), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)["masters"] for rank in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)

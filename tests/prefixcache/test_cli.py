@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from prefixcache import sample, terminal
+from prefixcache import terminal
 from prefixcache.cli import app
 from prefixcache.client import Client
 from prefixcache.explain import phrase, sentence
@@ -509,19 +509,6 @@ def test_chat_with_piped_turns(address: str) -> None:
     assert first <= cached == second - prefilled
     assert (again, all_but_one, one) == (first, first - 1, 1)
     assert ">" not in result.stdout.partition("\n")[0][:2]
-
-
-def test_chat_with_the_embedded_model_brings_a_sheet() -> None:
-    """Without a system prompt there is one to ask about; follow-ups are understood, and the sheet stays cached."""
-    turns = "/system\nHow much is the Korwood sofa?\nAnd on which shelf is it?\n"
-    with server() as (address, _):
-        result = run("chat", "--address", address, stdin=turns)
-    assert result.exit_code == 0
-    assert sample.sheet() in result.stderr
-    first, second = result.stdout.splitlines()
-    assert "60.75 euros" in first and "W 32" in second
-    costs = re.findall(r"([\d,]+) prompt tokens = ([\d,]+) cached", result.stderr)
-    assert [int(cached.replace(",", "")) > 1200 for _, cached in costs] == [False, True]
 
 
 # Words and numbers

@@ -139,11 +139,11 @@ def test_a_conversation_with_tool_calls_is_sent_whole(client: Client) -> None:
     """An assistant turn without content and the answer of the tool reach the template."""
     turns: list[dict[str, Any]] = [
         *MESSAGES,
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}, {"name": "g"}]},
         {"role": "tool", "content": "42", "tool_call_id": "c", "name": "f"},
     ]
     text = bytes(token for token in client.tokenize(turns, timeout=10) if token < 256)
-    assert text.endswith(b'{"name": "f"}\n42')
+    assert text.endswith(b'{"name": "f"}\n{"name": "g"}42')
 
 
 def test_options_reach_the_server(client: Client) -> None:
