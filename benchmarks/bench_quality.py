@@ -18,10 +18,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -37,8 +37,10 @@ from engine.embedded.values import Source
 from prefixcache.client import Client
 from prefixcache.local import LocalServer
 
-LENGTHS = (250, 500, 1000, 1500)
+LENGTHS = (250, 500, 900, 1300, 1700)
 """Tokens of a sheet, about; turns come on top."""
+BUCKET = 500
+"""Prompts are told apart by their length in steps of so many tokens."""
 TURNS = 8
 CHARACTERS_PER_TOKEN = 3.2
 CERTAIN = 100.0
@@ -49,7 +51,6 @@ CERTAIN = 100.0
 class Question:
     """A turn of a dialogue, with the conversation before it."""
 
-    length: int
     sheet: Sheet
     turn: Turn
     messages: list[dict[str, str]]
@@ -60,7 +61,7 @@ class Question:
         place = self.sheet.text.find(self.turn.thing) if self.turn.thing else -1
         if place < 0:
             return "not on the sheet"
-        return ("first", "second", "third", "last")[4 * place // len(self.sheet.text)] + " quarter"
+        return ("1st", "2nd", "3rd", "4th")[4 * place // len(self.sheet.text)] + " quarter"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def questions(length: int, dialogues: int, turns: int, seed: str) -> Iterator[li
         drawn = Conversation(source, sheet).turns(turns)
         before = [messages_of(sheet, drawn[:index]) for index in range(turns)]
         yield [
-            Question(length, sheet, turn, [*messages, *turn.messages[:-1]])
+            Question(sheet, turn, [*messages, *turn.messages[:-1]])
             for turn, messages in zip(drawn, before, strict=True)
         ]
 
@@ -131,11 +132,16 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 GROUPS: dict[str, Callable[[Answer], str]] = {
-    "sheet of about": lambda answer: f"{answer.question.length:,} tokens",
+    "prompt of at most": lambda answer: f"{math.ceil(answer.prompt_tokens / BUCKET) * BUCKET:5,} tokens",
     "the thing stands in the": lambda answer: answer.question.quarter,
     "layout": lambda answer: answer.question.sheet.layout,
     "question": lambda answer: answer.question.turn.kind,
 }
+
+
+def _grouped(answers: Sequence[Answer], key: Callable[[Answer], str]) -> dict[str, list[Answer]]:
+    ordered = sorted(answers, key=key)
+    return {name: list(group) for name, group in groupby(ordered, key)}
 
 
 def tables(answers: Sequence[Answer], console: Console) -> None:
@@ -144,10 +150,7 @@ def tables(answers: Sequence[Answer], console: Console) -> None:
         columns = (title, "questions", "prompt", "right cold", "right warm", "same", "cached warm", "perplexity")
         for name in columns:
             table.add_column(name, justify="left" if name == title else "right")
-        groups: dict[str, list[Answer]] = defaultdict(list)
-        for answer in answers:
-            groups[key(answer)].append(answer)
-        groups["all"] = list(answers)
+        groups = {**_grouped(answers, key), "all": list(answers)}
         for name, group in groups.items():
             found = summary(group)
             perplexity = found["perplexity"]
@@ -203,17 +206,15 @@ def main(
             "machine": where,
             "server": serve,
             "all": summary(answers),
-            **{title: _grouped(answers, key) for title, key in GROUPS.items()},
+            **{
+                title: {name: summary(group) for name, group in _grouped(answers, key).items()}
+                for title, key in GROUPS.items()
+            },
         }
         result_file.write_text(json.dumps(report, indent=2) + "\n")
     if any(answer.cold != answer.warm for answer in answers):
         console.print("An answer from the cache is not the one that was computed.", style="red")
         raise typer.Exit(1)
-
-
-def _grouped(answers: Sequence[Answer], key: Callable[[Answer], str]) -> dict[str, Any]:
-    names = dict.fromkeys(map(key, answers))
-    return {name: summary([answer for answer in answers if key(answer) == name]) for name in names}
 
 
 if __name__ == "__main__":
