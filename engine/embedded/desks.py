@@ -63,14 +63,17 @@ class Desk:
     thing: str
     spoken: str
     """A thing within a sentence."""
-    column: str
-    """What tables call the things."""
     titles: tuple[str, ...]
     rules: tuple[str, ...]
     properties: tuple[Property, ...]
     general: tuple[Property, ...]
     """What the desk itself has."""
     tool: Tool
+
+    @property
+    def needed(self) -> Property:
+        """What must be looked up for a call."""
+        return next(item for item in self.properties if item.label == self.tool.lookup)
 
     def draw_thing(self, source: Source) -> str:
         thing: str = getattr(source, self.thing)()

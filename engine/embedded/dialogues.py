@@ -14,7 +14,7 @@ from typing import Any
 from engine.embedded.desks import DESKS, PHRASES, Desk, Property
 from engine.embedded.values import Source
 
-LAYOUTS = {"list": 6, "sentences": 3, "table": 1}
+LAYOUTS = {"list": 5, "sentences": 3, "table": 2}
 """How a sheet may be written, and how often it is."""
 DESK = "the desk"
 """What the desk itself is called on a sheet and in answers."""
@@ -25,7 +25,7 @@ KINDS = {
     "general": 7,
     "unknown thing": 8,
     "unknown property": 5,
-    "tool": 9,
+    "tool": 18,
     "small talk": 3,
 }
 """What a turn may be about, and how often it is."""
@@ -70,24 +70,19 @@ def draw_sheet(
 ) -> Sheet:
     """Return a sheet with as many things as a text of `characters` has room for, two at least.
 
-    With `calls` there is a tool for certain, and what it needs.
+    With `calls` there is a tool for certain.
     """
     choose = source.random
     desk = desk or choose.choice(DESKS)
     layout = layout or choose.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
     properties = tuple(choose.sample(desk.properties, choose.randint(2, len(desk.properties))))
-    has_tool = choose.random() < 0.4 and any(item.label == desk.tool.lookup for item in properties)
-    if calls and not has_tool:
-        needed = next(item for item in desk.properties if item.label == desk.tool.lookup)
-        properties = (needed, *(item for item in properties if item is not needed))
-        has_tool = True
+    has_tool = choose.random() < 0.4 or calls
+    if has_tool and desk.needed not in properties:
+        properties = (*properties[:-1], desk.needed)
     general = {item.label: item.draw(source) for item in desk.general if choose.random() < 0.7}
     beginning, ending = _beginning(source, desk), _ending(layout, general)
     things: dict[str, dict[str, str]] = {}
     rows: list[str] = []
-    if layout == "table":
-        rows.append(_table_row([desk.column, *(item.label for item in properties)]))
-        rows.append("|" + "---|" * (len(properties) + 1))
     length = len(beginning) + len(ending)
     while length < characters or len(things) < 2:
         thing = desk.draw_thing(source)
@@ -107,14 +102,10 @@ def _beginning(source: Source, desk: Desk) -> str:
 
 def _row(desk: Desk, layout: str, thing: str, values: dict[str, str]) -> str:
     if layout == "table":
-        return _table_row([thing, *values.values()])
+        return f"| {thing} | " + " | ".join(f"{label} {value}" for label, value in values.items()) + " |"
     if layout == "list":
         return f"- {thing}: {_facts(values)}"
     return _sentence(desk.spoken.format(x=thing), values)
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _facts(values: dict[str, str]) -> str:
@@ -141,8 +132,8 @@ class Conversation:
 
     def __init__(self, source: Source, sheet: Sheet, calls: bool = False) -> None:
         """With `calls` every third turn or so is one."""
-        self._source = source
         self._weights = [CALLS if calls and kind == "tool" else weight for kind, weight in KINDS.items()]
+        self._source = source
         self._choose = source.random
         self._sheet = sheet
         self._before: tuple[str, Property] | None = None
@@ -227,12 +218,12 @@ class Conversation:
         return _turn("small talk", *self._choose.choice(PHRASES.small_talk))
 
     def _call(self) -> Turn:
-        """The user wants something done; the result of the call is the next turn."""
+        """The user wants something done: the agent says what it looks up for that, and calls. The result comes next."""
         tool = self._sheet.desk.tool
         thing = self._choose.choice(list(self._sheet.things))
         said = tool.draw_said(self._source)
-        value = self._sheet.things[thing][tool.lookup]
-        request = self._choose.choice(tool.requests).format(x=self._sheet.spoken(thing), s=said)
+        spoken, value = self._sheet.spoken(thing), self._sheet.things[thing][tool.lookup]
+        request = self._choose.choice(tool.requests).format(x=spoken, s=said)
         call = {"name": tool.name, "arguments": {tool.thing: thing, tool.lookup: value, tool.said: said}}
         number = self._source.code()
         self._result = Turn(
@@ -242,7 +233,8 @@ class Conversation:
                 {"role": "assistant", "content": f"Done. The number is {number}."},
             ),
         )
-        return _turn("tool", self._opened(request, thing, said), json.dumps(call), thing)
+        answer = f"{_answer(spoken, self._sheet.desk.needed, value)}\n{json.dumps(call)}"
+        return _turn("tool", self._opened(request, thing, said), answer, thing)
 
     def _typed(self, question: str, thing: str = "") -> str:
         """Return a question as people write it: with an opening, or carelessly."""

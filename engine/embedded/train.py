@@ -37,13 +37,13 @@ from engine.embedded.beginning import PUT_IN, ROPE_THETA, begin
 from engine.embedded.dialogues import Conversation, draw_sheet, messages_of
 from engine.embedded.values import Source
 
-STEPS = 2300
-LENGTHS = ((300, 256), (900, 512), (1500, 1024), (2240, 2048), (STEPS, 4096))
+STEPS = 7500
+LENGTHS = ((600, 256), (1700, 512), (3400, 1024), (7300, 2048), (STEPS, 4096))
 """How long rows are up to which of STEPS; with more or fewer steps, in proportion."""
-HELD = 360
+HELD = 700
 """Up to which of STEPS what `beginning` has put in stays as it is, and the rest learns to use it."""
-CALLS = 1700
-"""From which of STEPS on every other row practises calls, which are learned last."""
+CALLS = 4600
+"""From which of STEPS on every other row practises calls: what stands in quotes is spelled in tokens of its own."""
 WARM_UP, COOL_DOWN = 60, 0.4
 """Steps in which the learning rates rise, and the share of all steps in which they fall to zero."""
 MATRIX_RATE, OTHER_RATE = 0.004, 5e-4
@@ -52,7 +52,7 @@ TEXT_SHARE, TEXT_WEIGHT = 0.1, 0.3
 """How many of the tokens that are not the assistant's are learned too, and what they weigh."""
 CHARACTERS_PER_TOKEN = 3.2
 TOKENIZER_DIALOGUES = 3000
-SAVE_EVERY, REPORT_EVERY = 100, 20
+SAVE_EVERY, REPORT_EVERY = 200, 50
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Worker:
         loss, right, count = gradient[-3:].tolist()
         self._update(gradient[:-3] / recipe.workers)
         self.step += 1
-        return loss / count, right / count
+        return loss / max(count, 1), right / max(count, 1)  # no answer may have found room in any row
 
     def _learn(self, drawn: list[tuple[list[int], list[bool]]], tokens: int) -> Tensor:
         """Add to the gradients; return sums over the assistant's tokens: loss, right ones, all."""
@@ -324,7 +324,7 @@ app = typer.Typer(add_completion=False)
 def main(
     out: Annotated[Path, typer.Option(help="Directory for model, tokenizer, checkpoint and log.")],
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
-    tokens: Annotated[int, typer.Option(min=256, help="Tokens a step; of one row at least.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens a step; of one row at least.")] = 4096,
     workers: Annotated[int, typer.Option(min=1, help="Processes; 1 with a GPU.")] = 2,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,

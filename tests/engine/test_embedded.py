@@ -102,7 +102,9 @@ def test_answers_stand_on_the_sheet_or_say_that_they_do_not(desk: Desk, layout: 
                 label, value = answered(turn.answer, DESK)
                 assert value == sheet.general.get(label, PHRASES.unknown)
             elif turn.kind == "tool":
-                arguments = json.loads(turn.answer)["arguments"]
+                said, call = turn.answer.split("\n")
+                assert answered(said, sheet.spoken(turn.thing))[0] == sheet.desk.tool.lookup
+                arguments = json.loads(call)["arguments"]
                 assert arguments[sheet.desk.tool.lookup] == sheet.things[turn.thing][sheet.desk.tool.lookup]
                 assert arguments[sheet.desk.tool.said] in turn.messages[0]["content"]
             elif turn.kind == "tool result":
@@ -154,7 +156,7 @@ def test_calls_can_be_practised() -> None:
         drawn = source(seed)
         sheet = draw_sheet(drawn, 600, calls=True)
         assert sheet.tools
-        assert sheet.desk.tool.lookup in {item.label for item in sheet.properties}
+        assert sheet.desk.needed in sheet.properties
         kinds = [turn.kind for turn in Conversation(drawn, sheet, calls=True).turns(60)]
         assert 6 < kinds.count("tool") < 30
         assert all(after == "tool result" for before, after in pairwise(kinds) if before == "tool")

@@ -116,7 +116,7 @@ def test_answers_are_the_same_from_the_cache(client: Client) -> None:
             assert warm[1].usage.cached_tokens == warm[1].usage.prompt_tokens - 1
             right += cold.text == turn.answer
             asked += 1
-    assert right >= 0.6 * asked
+    assert right >= 0.9 * asked
 
 
 def test_the_sample_is_answered(client: Client) -> None:
