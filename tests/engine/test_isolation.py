@@ -181,7 +181,7 @@ def without_passing(value: Any) -> Any:
 def joined(messages: Transcript) -> Transcript:
     """Return the messages with the pieces of an output as one: which tokens share a message is a matter of time."""
     pieces = [message["delta"] for message in messages if "delta" in message]
-    output = {"tokenIds": [token for piece in pieces for token in piece["tokenIds"]]} if pieces else {}
+    output = {"tokenIds": [token for piece in pieces for token in piece.get("tokenIds", [])]} if pieces else {}
     return [*(message for message in messages if "delta" not in message), *([output] if output else [])]
 
 
