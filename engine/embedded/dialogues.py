@@ -102,14 +102,14 @@ def _beginning(source: Source, desk: Desk) -> str:
 
 def _row(desk: Desk, layout: str, thing: str, values: dict[str, str]) -> str:
     if layout == "table":
-        return f"| {thing} | " + " | ".join(f"{label} {value}" for label, value in values.items()) + " |"
+        return f"| {thing} | {_facts(values, ' | ')} |"
     if layout == "list":
         return f"- {thing}: {_facts(values)}"
     return _sentence(desk.spoken.format(x=thing), values)
 
 
-def _facts(values: dict[str, str]) -> str:
-    return "; ".join(f"{label} {value}" for label, value in values.items())
+def _facts(values: dict[str, str], separator: str = "; ") -> str:
+    return separator.join(f"{label} {value}" for label, value in values.items())
 
 
 def _sentence(subject: str, values: dict[str, str]) -> str:
@@ -132,8 +132,8 @@ class Conversation:
 
     def __init__(self, source: Source, sheet: Sheet, calls: bool = False) -> None:
         """With `calls` every third turn or so is one."""
-        self._weights = [CALLS if calls and kind == "tool" else weight for kind, weight in KINDS.items()]
         self._source = source
+        self._weights = [CALLS if calls and kind == "tool" else weight for kind, weight in KINDS.items()]
         self._choose = source.random
         self._sheet = sheet
         self._before: tuple[str, Property] | None = None
