@@ -93,5 +93,5 @@ def _load(config: EngineConfig) -> tuple[LoadedModel, Tokenizer]:
     source = str(embedded.DIRECTORY) if config.model == EMBEDDED else config.model
     if config.model == EMBEDDED or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # over in no time, or among the lines of a log
-    model = load_model(source, config.dtype, config.device)
+    model = load_model(source, config.dtype, config.device, native=config.kernels == "auto")
     return model, Tokenizer.load(source, model.vocab_size)

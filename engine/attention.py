@@ -126,14 +126,7 @@ class AttentionStep:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        layer = self._layer
-        self._layer += 1
-        if self._adjacent:
-            keys, values = self._targets[layer]
-            keys.copy_(key.transpose(0, 1))
-            values.copy_(value.transpose(0, 1))
-        else:
-            self._pool.write(layer, self._slots, key[0], value[0])
+        layer = self._write(key, value)
         reads = self._reads.get(window)
         if reads is None:
             reads = self._reads[window] = _Reads(self._pool, self._plan, window)
@@ -142,6 +135,21 @@ class AttentionStep:
         if sinks is not None:  # a sink takes part in the softmax and contributes nothing
             out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1)
         return out.transpose(0, 1).to(query.dtype).contiguous()[None]
+
+    def _next_layer(self) -> int:
+        self._layer += 1
+        return self._layer - 1
+
+    def _write(self, key: Tensor, value: Tensor) -> int:
+        """Store the new keys and values of the next layer, and return its number."""
+        layer = self._next_layer()
+        if self._adjacent:
+            keys, values = self._targets[layer]
+            keys.copy_(key.transpose(0, 1))
+            values.copy_(value.transpose(0, 1))
+        else:
+            self._pool.write(layer, self._slots, key[0], value[0])
+        return layer
 
 
 def _kernel(query: Tensor) -> Kernel:
@@ -301,7 +309,7 @@ class _Reads:
             Read: lambda read: _BoundRead(pool, read),
             Causal: _BoundCausal,
             Padded: lambda read: _BoundPadded(pool, read),
-            Band: lambda read: _BoundBand(pool, read, window),
+            Band: lambda read: _BoundBand(pool, read),
         }
         self._base = [bound[type(read)](read) for read in reads.base]
         self._further = [_BoundRead(pool, read) for read in reads.further]
@@ -446,13 +454,12 @@ class _Indices:
 
 
 class _BoundBand:
-    def __init__(self, pool: KVPool, read: Band, window: int | None) -> None:
-        assert window is not None
+    def __init__(self, pool: KVPool, read: Band) -> None:
         self._rows = slice(read.first, read.last)
         self._source = _Source(pool, read.slots)
         place = torch.arange(read.last - read.first)[:, None] + read.offset
         key = torch.arange(self._source.count)
-        hidden = (key > place) | (key <= place - window)
+        hidden = (key > place) | (key <= place - read.window)
         self._mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf).to(pool.keys[0].device)
 
     def run(self, call: _Call) -> Partial:

@@ -67,6 +67,11 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs. 'auto': the GPU if there is one."
     )
+    kernels: Literal["auto", "torch"] = Field(
+        default="auto",
+        description="What computes on a CPU, besides oneDNN. 'auto': kernels that g++ compiles for this processor at "
+        "the first start, or PyTorch's where there is no g++. 'torch': PyTorch's.",
+    )
     host: str = Field(
         default="127.0.0.1",
         min_length=1,

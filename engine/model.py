@@ -24,6 +24,7 @@ from xxhash import xxh3_128
 
 from engine import attention
 from engine.kv import KVGeometry
+from engine.native.kernels import Kernels, kernels_for
 from engine.packing import pack
 from engine.probe import TOLERANCE, Findings, Forward, difference, probe
 from engine.stack import Stack, fits, known
@@ -48,9 +49,10 @@ ADVICE = "serve a decoder-only language model, such as a Llama, Qwen, Mistral, G
 class LoadedModel:
     """A model ready to run, and its facts.
 
-    `forward` runs a step. `architecture` is its model type; `vocab_size` the width of its
-    logits; `max_length` the most tokens of prompt and output; `fingerprint` (hex) says
-    what it computes: equal for equal configuration, precision and weights, in every process.
+    `forward` runs a step, whose attention is that of `kernels`, if any. `architecture` is its
+    model type; `vocab_size` the width of its logits; `max_length` the most tokens of prompt and
+    output; `fingerprint` (hex) says what it computes: equal for equal configuration, precision
+    and weights, in every process.
     """
 
     forward: Forward
@@ -62,14 +64,16 @@ class LoadedModel:
     dtype: str
     device: str
     geometry: KVGeometry
+    kernels: Kernels | None
     fingerprint: str
 
 
-def load_model(source: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(source: str, dtype: str = "auto", device: str = "auto", *, native: bool = True) -> LoadedModel:
     """Load the model in the directory, or of the hub id, `source`.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto" (float32 on a CPU, the
     checkpoint's own on a GPU); `device` is "cpu", "cuda" or "auto" (a GPU if there is one).
+    Unless `native` is wanted, PyTorch's kernels do all the work.
 
     Raises NotFound if there is no such model or it cannot be fetched, InvalidArgument
     for an unknown dtype or device, FailedPrecondition if the device is not there or the
@@ -101,10 +105,10 @@ def load_model(source: str, dtype: str = "auto", device: str = "auto") -> Loaded
         for tensor in (*model.parameters(), *model.buffers()):  # out of the mapped file, which a single one holds whole
             tensor.data = tensor.data.clone()
     path = Path(source)
-    return from_pretrained_model(model.to(where), path.resolve().name if path.is_dir() else source)
+    return from_pretrained_model(model.to(where), path.resolve().name if path.is_dir() else source, native=native)
 
 
-def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
+def from_pretrained_model(model: PreTrainedModel, name: str, *, native: bool = True) -> LoadedModel:
     """Wrap a model that is in memory; its weights are moved to where a step wants them, and it is of no further use.
 
     Raises FailedPrecondition if it cannot be served.
@@ -118,7 +122,8 @@ def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
     model.requires_grad_(False)
     fingerprint = _fingerprint(model, dtype)
     max_length = _max_length(config.get_text_config(decoder=True))
-    findings, forward = _prepare(model, max_length)
+    kernels = kernels_for(model.dtype, model.device.type) if native else None
+    findings, forward = _prepare(model, max_length, kernels)
     return LoadedModel(
         forward=forward,
         name=name,
@@ -129,19 +134,20 @@ def from_pretrained_model(model: PreTrainedModel, name: str) -> LoadedModel:
         dtype=dtype,
         device=model.device.type,
         geometry=findings.geometry,
+        kernels=findings.kernels,
         fingerprint=fingerprint,
     )
 
 
-def _prepare(model: PreTrainedModel, max_length: int) -> tuple[Findings, Forward]:
+def _prepare(model: PreTrainedModel, max_length: int, kernels: Kernels | None) -> tuple[Findings, Forward]:
     """Prove that the model can be served; return what was found, and what runs it: its own modules or our stack.
 
     Every row must come out of the stack as it comes out of the modules: there are no experts to choose otherwise.
     """
     if known(model):
-        findings = probe(model, max_length)
+        findings = probe(model, max_length, kernels)
         if fits(model, findings.calls):
-            stack = Stack(model, findings.calls)
+            stack = Stack(model, findings.calls, kernels)
             try:
                 off = difference(findings.run(stack), findings.logits)
             except Exception as error:  # noqa: BLE001 - the rotary module of any version of transformers runs in it
@@ -153,7 +159,7 @@ def _prepare(model: PreTrainedModel, max_length: int) -> tuple[Findings, Forward
             stack.give_back()
             log.warning("the model is run by transformers' modules, which takes longer", reason=reason)
     pack(model)
-    return probe(model, max_length), partial(attention.forward, model)
+    return probe(model, max_length, kernels), partial(attention.forward, model)
 
 
 def resolve_device(device: str) -> str:

@@ -94,6 +94,7 @@ class Band:
     last: int
     slots: Slots
     offset: int
+    window: int
 
 
 @dataclass(slots=True)
@@ -120,12 +121,14 @@ class Plan:
     where they begin; `positions` and `slots` say for every row its position and where
     its keys and values are written. `call_slots` is how many slots can be copied in
     about the time a kernel call takes, and decides between few calls and little copying.
+    For kernels that read `scattered` slots where they are, no read is cut into runs.
     """
 
-    def __init__(self, spans: Sequence[Span], block_size: int, call_slots: int) -> None:
+    def __init__(self, spans: Sequence[Span], block_size: int, call_slots: int, *, scattered: bool = False) -> None:
         self._spans = spans
         self._size = block_size
         self._call_slots = call_slots
+        self._scattered = scattered
         self.order: list[int] = []
         # The windowless plan is always made: its trie decides the order of the rows.
         single_rows_first = sorted(range(len(spans)), key=lambda index: spans[index].length > 1)
@@ -233,7 +236,8 @@ class Plan:
             end = min(start + BAND_ROWS, span.end)
             seen = max(start + 1 - window, 0)
             row = first + start - span.start
-            bands.append(Band(row, row + end - start, self._slots(span, seen, end, one=True), start - seen))
+            slots = self._slots(span, seen, end, one=True)
+            bands.append(Band(row, row + end - start, slots, start - seen, window))
         return bands
 
     def _add_tails(self, reads: Reads, tails: list[tuple[int, int, int]]) -> None:
@@ -278,7 +282,7 @@ class Plan:
         size = self._size
         first_block = begin // size
         runs = _runs(span.blocks[first_block : -(-end // size)])
-        if len(runs) > 1 and (one or (end - begin) < len(runs) * self._call_slots):
+        if len(runs) > 1 and (one or self._scattered or (end - begin) < len(runs) * self._call_slots):
             return Slots(scattered=self._every_slot(span, begin, end))
         slots = [[first * size, last * size] for first, last in runs]
         slots[0][0] += begin - first_block * size

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from engine.attention import NAME, AttentionStep, Step, call_slots, forward, plain_kernel
+from engine.attention import NAME, Step, forward, plain_kernel
 from engine.kv import KVGeometry, KVPool, LayerGeometry
-from engine.plan import Plan, Span
+from engine.native.kernels import Kernels
+from engine.native.step import attention_step, plan_step
+from engine.plan import Span
 from prefixcache.errors import FailedPrecondition, PrefixCacheError
 
 TOKENS = 48
@@ -58,6 +60,7 @@ class Findings:
     geometry: KVGeometry
     vocab_size: int
     calls: tuple[AttentionCall, ...]
+    kernels: Kernels | None
     prompts: tuple[Tensor, Tensor]
     references: tuple[Tensor, Tensor]
     """The logits `[tokens, vocabulary]` of both prompts with the model's own attention."""
@@ -67,7 +70,7 @@ class Findings:
     def run(self, forward: Forward) -> tuple[Tensor, Tensor]:
         """Return the logits of both prompts by `forward`, computed cold, with a cached prefix, and decoded."""
         with torch.inference_mode():
-            return _cached(forward, self.geometry, self.references[0].device.type, *self.prompts)
+            return _cached(forward, self.geometry, self.kernels, self.references[0].device.type, *self.prompts)
 
 
 def difference(logits: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor], share: float = 1.0) -> float:
@@ -79,7 +82,7 @@ def difference(logits: tuple[Tensor, Tensor], references: tuple[Tensor, Tensor],
     return float(torch.stack(worst).max())
 
 
-def probe(model: PreTrainedModel, max_length: int) -> Findings:
+def probe(model: PreTrainedModel, max_length: int, kernels: Kernels | None = None) -> Findings:
     """Set `model` to our attention and prove that it works; FailedPrecondition if it does not."""
     architecture = model.config.model_type
     with torch.inference_mode():
@@ -96,7 +99,7 @@ def probe(model: PreTrainedModel, max_length: int) -> Findings:
             model.set_attn_implementation("eager")
             references = (_eager(model, prompts[0]), _eager(model, prompts[1]))
             model.set_attn_implementation(NAME)
-            logits = _cached(partial(forward, model), geometry, model.device.type, *prompts)
+            logits = _cached(partial(forward, model), geometry, kernels, model.device.type, *prompts)
             off = difference(logits, references, AGREEING_SHARE)
         except PrefixCacheError as error:
             raise FailedPrecondition(
@@ -113,7 +116,7 @@ def probe(model: PreTrainedModel, max_length: int) -> Findings:
             f"logits are off by {off:.1e} of their size (in {model.dtype}, "
             f"{TOLERANCE[model.dtype]:.0e} is allowed); {ADVICE}"
         )
-    return Findings(geometry, references[0].shape[-1], calls, prompts, references, logits)
+    return Findings(geometry, references[0].shape[-1], calls, kernels, prompts, references, logits)
 
 
 def _length(max_length: int, windows: list[int]) -> int:
@@ -185,7 +188,9 @@ def _eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits.float()
 
 
-def _cached(forward: Forward, geometry: KVGeometry, device: str, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _cached(
+    forward: Forward, geometry: KVGeometry, kernels: Kernels | None, device: str, one: Tensor, other: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the logits of both prompts, computed in three steps over blocks that are nowhere adjacent."""
     length = len(one)
     per_prompt = -(-length // BLOCK_SIZE)
@@ -207,11 +212,11 @@ def _cached(forward: Forward, geometry: KVGeometry, device: str, one: Tensor, ot
         if not chunks:  # the model takes less than two blocks
             continue
         spans = [Span(start, end - start, tables[index]) for index, start, end in chunks]
-        plan = Plan(spans, BLOCK_SIZE, call_slots(geometry, device))
+        plan = plan_step(spans, pool, kernels)
         tokens = torch.cat([prompts[chunks[place][0]][chunks[place][1] : chunks[place][2]] for place in plan.order])
         positions = torch.from_numpy(plan.positions).to(device)
         keep = torch.arange(plan.rows, device=device)
-        logits = forward(tokens.to(device), positions, keep, AttentionStep(pool, plan))
+        logits = forward(tokens.to(device), positions, keep, attention_step(pool, plan, kernels))
         for place, (index, start, end) in enumerate(chunks):
             first = plan.first_row[place]
             parts[index].append(logits[first : first + end - start])

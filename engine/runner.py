@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.attention import AttentionStep, call_slots
 from engine.kv import KVPool
 from engine.model import LoadedModel
-from engine.plan import Plan, Span
+from engine.native.step import attention_step, plan_step
+from engine.plan import Span
 from engine.request import Request, Sampled, SamplingParams
 from engine.sampler import Row, sample
 from engine.scheduler import Chunk, Step
@@ -27,7 +27,6 @@ class Runner:
     def __init__(self, loaded: LoadedModel, pool: KVPool) -> None:
         self._loaded = loaded
         self._pool = pool
-        self._call_slots = call_slots(pool.geometry, loaded.device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Sampled | None]:
@@ -36,7 +35,7 @@ class Runner:
             self._pool.copy_block(copy.source, copy.target, copy.tokens)
         chunks = step.chunks
         spans = [Span(chunk.start, len(chunk.tokens), chunk.blocks) for chunk in chunks]
-        plan = Plan(spans, self._pool.block_size, self._call_slots)
+        plan = plan_step(spans, self._pool, self._loaded.kernels)
         tokens: list[int] = []
         for index in plan.order:
             tokens += chunks[index].tokens
@@ -47,7 +46,7 @@ class Runner:
             torch.from_numpy(np.array(tokens, dtype=np.int64)).to(device),
             torch.from_numpy(plan.positions).to(device),
             torch.tensor(ends, dtype=torch.int64, device=device),
-            AttentionStep(self._pool, plan),
+            attention_step(self._pool, plan, self._loaded.kernels),
         )
         results: list[Sampled | None] = [None] * len(chunks)
         if sampled:

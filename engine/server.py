@@ -10,6 +10,7 @@ on the engine's thread, tokenizing in a few threads of its own.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -225,6 +226,7 @@ async def serve(config: EngineConfig, load: Load = load_engine) -> int:
     try:
         await server.start()
         ready = True
+        gc.freeze()  # what was loaded stays, and looking at it again would stop everybody for tens of milliseconds
         waiting = asyncio.create_task(asked.wait())
         either: set[asyncio.Future[Any]] = {waiting, server.died}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

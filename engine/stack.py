@@ -16,10 +16,9 @@ Whether the logits agree is for the caller to see, who may have the weights put 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,14 @@ from transformers.activations import SiLUActivation
 
 from engine import packing
 from engine.attention import Step
+from engine.layers import Attending, Decoder, Layer, Product
+from engine.native.decoder import MOST_ROWS, NativeDecoder
+from engine.native.kernels import Kernels
+from engine.native.panels import Panels, panels
+from engine.native.step import NativeStep
 from engine.packing import packed, packs
 from engine.probe import AttentionCall
+from engine.rows import NativeRows, Rows, TorchRows
 
 FAMILIES = ("Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 """What the names of their classes begin with."""
@@ -45,52 +50,42 @@ _MLPS = (  # the same, and what the activation is called
     (("gate_up_proj",), "activation_fn"),
 )
 
-_Product = tuple[Tensor, Tensor | None]
-"""Weight `[out, in]`, packed if the processor wants it, and bias."""
-
-_Norm = tuple[Tensor, float]
-"""Weight, and what the length of a vector is multiplied by to give the root of its mean square."""
-
-
-class _Layer(NamedTuple):
-    """What a layer computes with."""
-
-    norm: _Norm
-    qkv: _Product
-    head_norm: _Norm | None
-    """Of each head of query and key: weight `[heads + kv_heads, dim]`."""
-    out: _Product
-    mlp_norm: _Norm
-    gate_up: _Product
-    down: _Product
-    scale: float
-    window: int | None
-
 
 class Stack:
     """A model's decoder stack; a call runs a step, as `attention.forward` does."""
 
-    def __init__(self, model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None:
+    def __init__(self, model: PreTrainedModel, calls: Sequence[AttentionCall], kernels: Kernels | None = None) -> None:
         """Take the weights of a model that `fits`; it cannot be run again unless they are given back."""
         parts: Any = model
         self._packs = packs(model)
         self._linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
         self._linear = packing.linear if self._packs else functional.linear
         self._taken: list[tuple[list[nn.Linear], Tensor]] = []
-        self._embedding: Tensor = parts.model.embed_tokens.weight
+        self._panels: dict[int, Panels] | None = {} if self._packs and kernels and kernels.runs_steps else None
         self._rotary: nn.Module = parts.model.rotary_emb
-        self._root_epsilon = torch.tensor(math.sqrt(parts.model.norm.variance_epsilon), device=model.device)
-        self._heads = calls[0].heads
-        self._kv_heads = calls[0].geometry.kv_heads
-        self._dim = calls[0].geometry.key_dim
+        embedding = parts.model.embed_tokens.weight.detach()
         with torch.no_grad():
-            self._layers = [self._layer(layer, call) for layer, call in zip(parts.model.layers, calls, strict=True)]
-            self._norm = _norm(parts.model.norm.weight)
-            self._head = self._product([parts.lm_head], shared=parts.lm_head.weight is self._embedding)
+            self._decoder = Decoder(
+                embedding=embedding,
+                layers=[self._layer(layer, call) for layer, call in zip(parts.model.layers, calls, strict=True)],
+                norm=parts.model.norm.weight.detach(),
+                head=self._product([parts.lm_head], shared=parts.lm_head.weight is parts.model.embed_tokens.weight),
+                epsilon=parts.model.norm.variance_epsilon,
+                heads=calls[0].heads,
+                kv_heads=calls[0].geometry.kv_heads,
+                dim=calls[0].geometry.key_dim,
+            )
+        torch_rows = TorchRows(self._decoder)
+        self._rows: Rows = torch_rows if kernels is None else NativeRows(self._decoder, kernels, torch_rows)
+        self._native: NativeDecoder | None = None
+        if self._panels is not None:
+            assert kernels is not None
+            self._native = NativeDecoder(kernels, self._decoder, self._panels)
 
     def give_back(self) -> None:
         """Put the plain weights, bit by bit what they were, back into the model; this stack ends."""
-        self._layers.clear()
+        self._native = None
+        self._decoder.layers.clear()
         while self._taken:
             linears, weight = self._taken.pop()
             plain = weight.to_dense() if self._packs else weight
@@ -99,61 +94,48 @@ class Stack:
 
     def __call__(self, tokens: Tensor, positions: Tensor, keep: Tensor, step: Step) -> Tensor:
         """Return the logits `[len(keep), vocabulary]` in float32; see `attention.forward` for the arguments."""
-        linear, rms_norm, dim = self._linear, self._rms_norm, self._dim
-        rows, half = len(tokens), dim // 2
-        query_key_heads = (self._heads, self._kv_heads)
-        turned_and_not = (self._heads + self._kv_heads, self._kv_heads)
-        hidden = functional.embedding(tokens, self._embedding)
-        cosine, sine = self._rotary(hidden, positions[None])
-        cosine, sine = cosine.view(rows, 1, dim), sine.view(rows, 1, dim).clone()
-        sine[:, :, :half].neg_()
-        last = self._layers[-1]
-        for layer in self._layers:
-            qkv = linear(rms_norm(hidden, layer.norm), *layer.qkv).view(1, rows, -1, dim)
-            plain, value = qkv.split(turned_and_not, 2)
-            if layer.head_norm is not None:
-                plain = rms_norm(plain, layer.head_norm)
-            turned = (plain * cosine).add_(plain.roll(half, 3).mul_(sine))
-            query, key = turned.transpose(1, 2).split(query_key_heads, 1)
-            seen = step.attend(query, key, value.transpose(1, 2), layer.scale, layer.window, None, None)
-            seen = seen.reshape(rows, -1)
+        cosine, sine = self._rotation(tokens, positions)
+        if self._native is not None and len(tokens) <= MOST_ROWS and isinstance(step, NativeStep):
+            return self._native(tokens, cosine, sine, keep, step)
+        linear, norm, gate = self._linear, self._rows.norm, self._rows.gate
+        decoder = self._decoder
+        hidden = functional.embedding(tokens, decoder.embedding)
+        added: Tensor | None = None
+        last = decoder.layers[-1]
+        for layer in decoder.layers:
+            qkv = linear(norm(hidden, added, layer.norm), *layer.qkv)
+            seen = self._rows.attend(step, cosine, sine, qkv, layer.attending)
             if layer is last:  # the other rows' keys and values are written, and that was all they were for
                 if not len(keep):
-                    return hidden.new_empty((0, self._embedding.shape[0]), dtype=torch.float32)
+                    return hidden.new_empty((0, decoder.embedding.shape[0]), dtype=torch.float32)
                 seen, hidden = seen.index_select(0, keep), hidden.index_select(0, keep)
-            hidden = linear(seen, *layer.out).add_(hidden)
-            gate, up = linear(rms_norm(hidden, layer.mlp_norm), *layer.gate_up).chunk(2, 1)
-            hidden = linear(functional.silu(gate).mul_(up), *layer.down).add_(hidden)
-        return linear(rms_norm(hidden, self._norm), *self._head).float()
+            added = linear(seen, *layer.out)
+            gate_up = linear(norm(hidden, added, layer.mlp_norm), *layer.gate_up)
+            added = linear(gate(gate_up), *layer.down)
+        return linear(norm(hidden, added, decoder.norm), *decoder.head).float()
 
-    def _rms_norm(self, vectors: Tensor, norm: _Norm) -> Tensor:
-        """Norm over the last dimension. There is no square of `vectors`: fresh memory for it would cost most."""
-        weight, inverse_root = norm
-        length = torch.linalg.vector_norm(vectors, 2, -1, True, dtype=torch.float32)
-        normed = vectors.div(length.mul_(inverse_root).hypot_(self._root_epsilon))
-        if normed.dtype != weight.dtype:
-            normed = normed.to(weight.dtype)
-        return normed.mul_(weight)
+    def _rotation(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines `[rows, dim]`."""
+        cosine, sine = self._rotary(self._decoder.embedding[:1], positions[None])
+        return cosine.view(len(tokens), -1), sine.view(len(tokens), -1)
 
-    def _layer(self, layer: Any, call: AttentionCall) -> _Layer:
+    def _layer(self, layer: Any, call: AttentionCall) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         head_norm = None
         if hasattr(attention, "q_norm"):
-            weights = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._kv_heads
-            head_norm = _norm(torch.stack(weights))
-        return _Layer(
-            norm=_norm(layer.input_layernorm.weight),
+            weights = [attention.q_norm.weight] * call.heads + [attention.k_norm.weight] * call.geometry.kv_heads
+            head_norm = torch.stack(weights).detach()
+        return Layer(
+            norm=layer.input_layernorm.weight.detach(),
             qkv=self._product(_present(attention, _ATTENTIONS)),
-            head_norm=head_norm,
+            attending=Attending(head_norm, call.scale, call.window),
             out=self._product([attention.o_proj]),
-            mlp_norm=_norm(layer.post_attention_layernorm.weight),
+            mlp_norm=layer.post_attention_layernorm.weight.detach(),
             gate_up=self._product(_present(mlp, [names for names, _ in _MLPS])),
             down=self._product([mlp.down_proj]),
-            scale=call.scale,
-            window=call.window,
         )
 
-    def _product(self, linears: list[nn.Linear], *, shared: bool = False) -> _Product:
+    def _product(self, linears: list[nn.Linear], *, shared: bool = False) -> Product:
         """Return one product for several with the same input; take their weights unless something `shared` is one."""
         weight: Tensor = linears[0].weight.detach()
         bias: Tensor | None = linears[0].bias
@@ -165,14 +147,21 @@ class Stack:
             for linear in linears:
                 linear.register_parameter("weight", None)
         if self._packs:
-            weight = packed(weight)
+            weight = self._packed(weight)
         if not shared:
             self._taken.append((linears, weight))
-        return weight, None if bias is None else bias.detach()
+        return Product(weight, None if bias is None else bias.detach())
 
-
-def _norm(weight: Tensor) -> _Norm:
-    return weight.detach(), weight.shape[-1] ** -0.5
+    def _packed(self, plain: Tensor) -> Tensor:
+        """Pack a weight, and note where its numbers are, if that can be found out."""
+        result = packed(plain)
+        if self._panels is not None:
+            found = panels(result, plain)
+            if found is None:
+                self._panels = None
+            else:
+                self._panels[id(result)] = found
+        return result
 
 
 def _bias(linear: nn.Linear) -> Tensor:

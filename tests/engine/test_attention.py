@@ -12,6 +12,8 @@ from torch import Tensor
 from engine import attention
 from engine.attention import AttentionStep, Kernel, call_slots, fused_kernel, head_kernel, plain_kernel
 from engine.kv import KVGeometry, KVPool, LayerGeometry
+from engine.native.kernels import kernels_for
+from engine.native.step import READ_SLOTS, NativeStep
 from engine.plan import Plan, Span
 from prefixcache.errors import FailedPrecondition
 
@@ -21,6 +23,11 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
+
+
+NO_KERNELS = pytest.mark.skipif(kernels_for(torch.float32, "cpu") is None, reason="no g++")
+WHO = pytest.mark.parametrize("native", [False, pytest.param(True, marks=NO_KERNELS)], ids=["torch", "native"])
+"""Whether PyTorch's kernels attend, or ours."""
 
 
 def dense(
@@ -56,9 +63,18 @@ def dense(
 class Sequences:
     """Sequences with known keys and values, laid out in a pool up to where their chunks start."""
 
-    def __init__(self, spans: list[Span], geometry: LayerGeometry, heads: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        spans: list[Span],
+        geometry: LayerGeometry,
+        heads: int,
+        dtype: torch.dtype,
+        device: str,
+        native: bool = False,
+    ) -> None:
         torch.manual_seed(len(spans))
         self.spans = spans
+        self.native = native
         kind = {"dtype": dtype, "device": device}
         self.pool = KVPool(KVGeometry((geometry,), dtype), BLOCKS, SIZE, device)
         for tensor in (self.pool.keys[0], self.pool.values[0]):
@@ -79,9 +95,15 @@ class Sequences:
     def check(self, tolerance: float, slots_per_call: int | None = None, **options: Any) -> None:
         """Run one step and compare every row with dense attention."""
         if slots_per_call is None:
-            slots_per_call = call_slots(self.pool.geometry, self.pool.keys[0].device.type)
-        plan = Plan(self.spans, SIZE, slots_per_call)
+            slots_per_call = (
+                READ_SLOTS if self.native else call_slots(self.pool.geometry, self.pool.keys[0].device.type)
+            )
+        plan = Plan(self.spans, SIZE, slots_per_call, scattered=self.native)
         step = AttentionStep(self.pool, plan)
+        if self.native:
+            kernels = kernels_for(self.pool.geometry.dtype, "cpu")
+            assert kernels is not None
+            step = NativeStep(self.pool, plan, kernels)
 
         def packed(tensors: list[Tensor], new: bool) -> Tensor:
             # In memory the rows come first and the heads second, as a model's projections leave them.
@@ -144,31 +166,70 @@ def test_equals_dense_attention(
     Sequences(tree(shuffled), geometry, heads, torch.float32, device).check(2e-6, slots_per_call)
 
 
+@WHO
 @pytest.mark.parametrize("slots_per_call", [1, 16, 10**6])
 @pytest.mark.parametrize("window", [1, 5, 48, 64, 500])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-def test_windows_caps_and_sinks(slots_per_call: int, window: int, softcap: float | None, sinks: bool) -> None:
+def test_windows_caps_and_sinks(
+    slots_per_call: int, window: int, softcap: float | None, sinks: bool, native: bool
+) -> None:
     """A sliding window, soft-capped scores and attention sinks are honoured, together too."""
     options: dict[str, Any] = {"window": window, "softcap": softcap}
     if sinks:
         options["sinks"] = torch.linspace(-1, 2, 4)
-    Sequences(tree(True), LayerGeometry(2, 8, 8), 4, torch.float32, "cpu").check(2e-6, slots_per_call, **options)
+    sequences = Sequences(tree(True), LayerGeometry(2, 8, 8), 4, torch.float32, "cpu", native)
+    sequences.check(2e-6, slots_per_call, **options)
 
 
+@WHO
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
-def test_half_precision(dtype: torch.dtype, tolerance: float, device: str) -> None:
+def test_half_precision(dtype: torch.dtype, tolerance: float, device: str, native: bool) -> None:
     """Partial results are merged in float32; what is left is the rounding of the numbers themselves."""
-    sequences = Sequences(tree(False), LayerGeometry(2, 16, 16), 4, dtype, device)
-    sequences.check(tolerance, 16)
-    sequences.check(tolerance, 16, window=20, sinks=torch.zeros(4, dtype=dtype, device=device))
+    if native and not kernels_for(dtype, device):
+        pytest.skip("our kernels are for the CPU, and not for float16")
+    for geometry in (LayerGeometry(2, 16, 16), LayerGeometry(2, 32, 32), LayerGeometry(2, 24, 40)):
+        sequences = Sequences(tree(False), geometry, 4, dtype, device, native)
+        sequences.check(tolerance, 16)
+        sequences.check(tolerance, 16, window=20, sinks=torch.zeros(4, dtype=dtype, device=device))
 
 
-def test_a_long_prefill_in_a_window() -> None:
+@WHO
+def test_a_long_prefill_in_a_window(native: bool) -> None:
     """More rows than a tile has, with a cached part in front."""
     spans = [Span(30, 700, list(range(200)))]
-    Sequences(spans, LayerGeometry(2, 8, 8), 4, torch.float32, "cpu").check(2e-6, 16, window=100)
+    Sequences(spans, LayerGeometry(2, 8, 8), 4, torch.float32, "cpu", native).check(2e-6, 16, window=100)
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shuffled", [False, True], ids=["adjacent", "scattered"])
+@pytest.mark.parametrize(
+    ("heads", "geometry"),
+    [
+        (4, LayerGeometry(4, 8, 8)),
+        (6, LayerGeometry(2, 16, 16)),
+        (9, LayerGeometry(3, 64, 64)),
+        (14, LayerGeometry(1, 32, 32)),
+        (4, LayerGeometry(2, 12, 8)),
+        (4, LayerGeometry(2, 7, 9)),
+        (4, LayerGeometry(1, 80, 128)),
+        (2, LayerGeometry(2, 192, 256)),
+    ],
+    ids=["mha", "gqa", "few", "mqa", "narrow", "odd", "wide", "widest"],
+)
+def test_our_kernels_equal_dense_attention(
+    heads: int, geometry: LayerGeometry, shuffled: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For widths of whole vectors and others, few rows and many, in one thread and cut for several."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    scale = geometry.key_dim**-0.5
+    long = [Span(500, 300, list(range(100, 300))), Span(900, 1, list(range(70, 296)))]
+    for spans in (tree(shuffled), long):
+        for slots_per_call in (1, READ_SLOTS, 10**6):
+            Sequences(spans, geometry, heads, torch.float32, "cpu", True).check(3e-6, slots_per_call, scale=scale)
+        Sequences(spans, geometry, heads, torch.bfloat16, "cpu", True).check(4e-2, scale=scale)
 
 
 @pytest.mark.parametrize("kernel", [plain_kernel, head_kernel])

@@ -18,6 +18,7 @@ from engine import embedded, probe
 from engine.attention import AttentionStep
 from engine.kv import LayerGeometry
 from engine.model import from_pretrained_model, load_model
+from engine.native.step import NativeStep
 from prefixcache.errors import FailedPrecondition, InvalidArgument, NotFound
 from tests.engine import models
 
@@ -162,16 +163,17 @@ def test_refused_by_the_probe() -> None:
         from_pretrained_model(models.build("bert"), "x")
 
 
-def test_wrong_logits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [AttentionStep, NativeStep])
+def test_wrong_logits_are_refused(kind: type[AttentionStep], monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that honours everything but is wrong does not pass."""
-    right = AttentionStep.attend
+    right = kind.attend
 
     def wrong(self: AttentionStep, query: Tensor, *others: object) -> Tensor:
         return right(self, query * 1.01, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(AttentionStep, "attend", wrong)
+    monkeypatch.setattr(kind, "attend", wrong)
     with pytest.raises(FailedPrecondition, match=r"architecture 'llama' .* logits are off by .*e-0"):
-        from_pretrained_model(models.build("llama"), "x")
+        from_pretrained_model(models.build("llama"), "x", native=kind is NativeStep)
 
 
 def test_layers_without_our_attention_are_refused() -> None:

@@ -229,10 +229,11 @@ def test_logits_are_those_of_eager_attention(subject: Subject, monkeypatch: pyte
     assert float((ours - logits).abs().max()) < 1e-5 * float(logits.abs().max())
 
 
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral", "gemma2"])
-def test_half_precision(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 logits, cached and in company, are close to those of bfloat16 eager attention."""
-    loaded = from_pretrained_model(models.build(architecture, torch.bfloat16), architecture)
+def test_half_precision(architecture: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 logits, cached and in company, are as near to those of exact arithmetic as eager attention's are."""
+    loaded = from_pretrained_model(models.build(architecture, torch.bfloat16), architecture, native=native)
     seen: list[Tensor] = []
     note_logits(seen, monkeypatch)
     bench = Bench(loaded)
@@ -240,11 +241,16 @@ def test_half_precision(architecture: str, monkeypatch: pytest.MonkeyPatch) -> N
     bench.run([(first, 32)])
     second = bench.sequence(first.request.tokens[:24] + tokens(5, seed=9), first.blocks[:3])
     bench.run([(second, 5), (first, 1)])
-    reference = models.build(architecture, torch.bfloat16)
-    reference.set_attn_implementation("eager")
-    with torch.inference_mode():
-        logits = reference(input_ids=torch.tensor([second.request.prompt]), use_cache=False).logits[0, -1].float()
-    assert float((seen[1][0] - logits).norm() / logits.norm()) < 0.03
+    references = []
+    for dtype in (torch.bfloat16, torch.float32):
+        reference = models.build(architecture, torch.bfloat16).to(dtype)  # type: ignore[arg-type]
+        reference.set_attn_implementation("eager")
+        with torch.inference_mode():
+            logits = reference(input_ids=torch.tensor([second.request.prompt]), use_cache=False).logits[0, -1]
+        references.append(logits.float())
+    eager, exact = references
+    ours, its = (float((logits - exact).norm() / exact.norm()) for logits in (seen[1][0], eager))
+    assert ours < 1.2 * its < 0.1
 
 
 def test_sampling_parameters_and_seeds_reach_the_sampler() -> None:

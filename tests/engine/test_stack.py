@@ -15,6 +15,7 @@ from engine import attention, model, stack
 from engine.model import LoadedModel, from_pretrained_model
 from engine.packing import pack, packed
 from engine.probe import TOLERANCE, Findings, difference, probe
+from engine.rows import TorchRows
 from engine.stack import Stack
 from tests.engine import models
 
@@ -82,8 +83,8 @@ def found(architecture: str, dtype: torch.dtype, device: str = "cpu", **changes:
     return probe(models.build(architecture, dtype, device, **changes), models.MAX_LENGTH)
 
 
-def load(architecture: str, dtype: torch.dtype = torch.float32, **changes: Any) -> LoadedModel:
-    return from_pretrained_model(models.build(architecture, dtype, **changes), architecture)
+def load(architecture: str, dtype: torch.dtype = torch.float32, native: bool = True, **changes: Any) -> LoadedModel:
+    return from_pretrained_model(models.build(architecture, dtype, **changes), architecture, native=native)
 
 
 def run_by_transformers(loaded: LoadedModel) -> bool:
@@ -219,17 +220,17 @@ def test_models_that_were_changed_are_left_to_transformers(change: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (lambda self, rows, norm: rows * norm[0], "logits are off by"),
-        (lambda self, rows, norm: rows * torch.nan, "logits are off by nan"),
-        (lambda self, rows, norm: rows / 0 @ rows, "RuntimeError"),
+        (lambda self, gate_up: gate_up.chunk(2, 1)[1], "logits are off by"),
+        (lambda self, gate_up: gate_up.chunk(2, 1)[1] * torch.nan, "logits are off by nan"),
+        (lambda self, gate_up: gate_up @ gate_up, "RuntimeError"),
     ],
 )
 def test_a_stack_that_deviates_is_not_used(wrong: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is run by transformers instead, with the weights it had, and the log says why."""
     reasons: list[str] = []
     monkeypatch.setattr(model.log, "warning", lambda _, reason: reasons.append(reason))
-    monkeypatch.setattr(Stack, "_rms_norm", wrong)
-    loaded = load("qwen2")
+    monkeypatch.setattr(TorchRows, "gate", wrong)
+    loaded = load("qwen2", native=False)
     assert run_by_transformers(loaded)
     assert agrees(loaded)
     assert len(reasons) == 1 and reason in reasons[0]
@@ -284,7 +285,7 @@ def test_weights_are_held_once(name: str) -> None:
     loaded = from_pretrained_model(built, "x")
     assert isinstance(loaded.forward, Stack)
     assert all(weight() is None for weight in plain)
-    assert numbers(loaded.forward) == expected + 1  # and the epsilon
+    assert numbers(loaded.forward) == expected
 
 
 def test_layers_are_taken_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
