@@ -141,8 +141,14 @@ class Plan:
             self.first_row[index] = self.rows
             self.rows += spans[index].length
         self._full = self._assemble(groups, None)
-        self.positions = np.concatenate([np.arange(spans[i].start, spans[i].end) for i in self.order])
-        self.slots = np.concatenate([self._every_slot(spans[i], spans[i].start, spans[i].end) for i in self.order])
+        ordered = [spans[index] for index in self.order]
+        if self.rows == len(spans):  # nothing but single rows, and as many as there are sequences
+            self.positions = np.array([span.start for span in ordered], dtype=np.int64)
+            blocks = np.array([span.blocks[span.start // block_size] for span in ordered], dtype=np.int64)
+            self.slots = blocks * block_size + self.positions % block_size
+        else:
+            self.positions = np.concatenate([np.arange(span.start, span.end) for span in ordered])
+            self.slots = np.concatenate([self._every_slot(span, span.start, span.end) for span in ordered])
 
     def reads(self, window: int | None = None) -> Reads:
         """Return the reads of layers without, or with this, sliding window."""
