@@ -115,9 +115,9 @@ class Stack:
         return linear(norm(hidden, added, decoder.norm), *decoder.head).float()
 
     def _rotation(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines `[rows, dim]`."""
+        """Return cosines and sines `[rows, dim]`, dense."""
         cosine, sine = self._rotary(self._decoder.embedding[:1], positions[None])
-        return cosine.view(len(tokens), -1), sine.view(len(tokens), -1)
+        return cosine.reshape(len(tokens), -1).contiguous(), sine.reshape(len(tokens), -1).contiguous()
 
     def _layer(self, layer: Any, call: AttentionCall) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
         log.warning(
             "no kernels for this processor: PyTorch's are used, which takes longer",
             reason=_reason(error),
-            advice="install g++, or choose --kernels torch if that is intended",
+            advice="install g++, set XDG_CACHE_HOME to a directory that can be written to, or choose --kernels torch",
         )
         return None
 
@@ -74,8 +74,10 @@ def compiled() -> Path:
 
 def _directory() -> Path:
     """Return a directory that only this user can write to: what lies there is executed."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = base / "prefixcache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise FileNotFoundError("there is no home directory to keep them in")
+    path = Path(base, "prefixcache")
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = path.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

@@ -251,6 +251,16 @@ def test_a_directory_that_others_can_write_to_is_not_trusted(fresh: Path, monkey
     assert "can be written to by others" in seen[0]["reason"]
 
 
+def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in its place, as anything else that keeps the kernels from being written, ends in a warning."""
+    monkeypatch.setattr(library, "library", library.library.__wrapped__)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    seen = warnings(monkeypatch)
+    assert library.library() is None
+    assert "XDG_CACHE_HOME" in seen[0]["advice"]
+
+
 def test_models_run_without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On request, and where there are none."""
     wanted_not = from_pretrained_model(models.build("llama"), "x", native=False)
