@@ -61,7 +61,8 @@ class Stack:
         self._linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
         self._linear = packing.linear if self._packs else functional.linear
         self._taken: list[tuple[list[nn.Linear], Tensor]] = []
-        self._panels: dict[int, Panels] | None = {} if self._packs and kernels and kernels.runs_steps else None
+        self._kernels = kernels
+        self._panels: dict[int, Panels] = {}
         self._rotary: nn.Module = parts.model.rotary_emb
         embedding = parts.model.embed_tokens.weight.detach()
         with torch.no_grad():
@@ -77,10 +78,7 @@ class Stack:
             )
         torch_rows = TorchRows(self._decoder)
         self._rows: Rows = torch_rows if kernels is None else NativeRows(self._decoder, kernels, torch_rows)
-        self._native: NativeDecoder | None = None
-        if self._panels is not None:
-            assert kernels is not None
-            self._native = NativeDecoder(kernels, self._decoder, self._panels)
+        self._native = self._native_decoder()
 
     def give_back(self) -> None:
         """Put the plain weights, bit by bit what they were, back into the model; this stack ends."""
@@ -155,13 +153,19 @@ class Stack:
     def _packed(self, plain: Tensor) -> Tensor:
         """Pack a weight, and note where its numbers are, if that can be found out."""
         result = packed(plain)
-        if self._panels is not None:
+        if self._kernels is not None and self._kernels.runs_steps:
             found = panels(result, plain)
-            if found is None:
-                self._panels = None
-            else:
+            if found is not None:
                 self._panels[id(result)] = found
         return result
+
+    def _native_decoder(self) -> NativeDecoder | None:
+        """Return what runs a whole step, if it can read all weights, and no token that is sampled lies outside."""
+        decoder = self._decoder
+        products = 4 * len(decoder.layers) + 1
+        if self._kernels is None or len(self._panels) < products or len(decoder.head.weight) > len(decoder.embedding):
+            return None
+        return NativeDecoder(self._kernels, decoder, self._panels)
 
 
 def _bias(linear: nn.Linear) -> Tensor:

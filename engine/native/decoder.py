@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -64,9 +64,9 @@ class _Step(Structure):
 
 
 class NativeDecoder:
-    """A decoder whose packed weights are all `panels`, in the order of `products`."""
+    """A decoder whose weights are all packed in known ways: `found` has them by the id of the packed weight."""
 
-    def __init__(self, kernels: Kernels, decoder: Decoder, found: dict[int, Panels]) -> None:
+    def __init__(self, kernels: Kernels, decoder: Decoder, found: Mapping[int, Panels]) -> None:
         self._decoder = decoder  # keeps the weights
         self._run = kernels.function("step", POINTER(_Model), POINTER(_Step))
         self._windows = sorted({layer.attending.window or 0 for layer in decoder.layers})
@@ -103,9 +103,7 @@ class NativeDecoder:
     def __call__(self, tokens: Tensor, cosine: Tensor, sine: Tensor, keep: Tensor, step: NativeStep) -> Tensor:
         """Return the logits `[len(keep), vocabulary]` of a step with at most MOST_ROWS rows, in float32."""
         logits = self._decoder.norm.new_empty(len(keep), self._decoder.head.weight.shape[0])
-        readings = (_Reading * len(self._windows))(
-            *(_Reading(*step.reading(window or None)) for window in self._windows)
-        )
+        readings = [_Reading(*step.reading(window or None)) for window in self._windows]
         pool = step.addresses
         arguments = _Step(
             tokens=tokens.data_ptr(),
@@ -126,14 +124,6 @@ class NativeDecoder:
         )
         self._run(byref(self._model), byref(arguments))
         return logits.float()
-
-
-def products(decoder: Decoder) -> Sequence[Product]:
-    """Return all products of a decoder."""
-    return [
-        *(one for layer in decoder.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)),
-        decoder.head,
-    ]
 
 
 def _address(tensor: Tensor | None) -> Any:

@@ -28,7 +28,7 @@ FLAGS = [
     *("-fopenmp", "-fPIC", "-Wno-psabi"),
 ]
 SECONDS = 120
-"""How long the compiler may take; it takes five on two cores of 2024."""
+"""How long the compiler may take; it takes ten on a core of 2023."""
 
 log = structlog.get_logger()
 
