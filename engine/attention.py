@@ -109,12 +109,19 @@ class AttentionStep:
         self._layer = 0
         self._device = pool.keys[0].device
         self._reads: dict[int | None, _Reads] = {}
-        slots = plan.slots
-        self._adjacent = int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((slots[1:] > slots[:-1]).all())
-        if self._adjacent:
-            self._targets = pool.views(int(slots[0]), int(slots[-1]) + 1)
-        else:
-            self._slots = torch.from_numpy(slots).to(self._device)
+
+    @functools.cached_property
+    def _targets(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Where the keys and values of each layer's rows go, if those places are adjacent."""
+        slots = self._plan.slots
+        first, last = int(slots[0]), int(slots[-1])
+        if last - first == len(slots) - 1 and bool((slots[1:] > slots[:-1]).all()):
+            return self._pool.views(first, last + 1)
+        return None
+
+    @functools.cached_property
+    def _slots(self) -> Tensor:
+        return torch.from_numpy(self._plan.slots).to(self._device)
 
     def attend(
         self,
@@ -143,7 +150,7 @@ class AttentionStep:
     def _write(self, key: Tensor, value: Tensor) -> int:
         """Store the new keys and values of the next layer, and return its number."""
         layer = self._next_layer()
-        if self._adjacent:
+        if self._targets is not None:
             keys, values = self._targets[layer]
             keys.copy_(key.transpose(0, 1))
             values.copy_(value.transpose(0, 1))

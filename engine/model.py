@@ -134,7 +134,7 @@ def from_pretrained_model(model: PreTrainedModel, name: str, *, native: bool = T
         dtype=dtype,
         device=model.device.type,
         geometry=findings.geometry,
-        kernels=findings.kernels,
+        kernels=kernels,
         fingerprint=fingerprint,
     )
 

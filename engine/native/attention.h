@@ -71,13 +71,17 @@ struct Piece {
     double work;
 };
 
+// How many numbers an element has.
 template <typename Element>
-inline Lanes element(const float *row, int place) { return load(row + place); }
+constexpr int PER_ELEMENT = std::is_same_v<Element, Pair> ? 2 : 1;
 
-template <typename Element>
-inline Lanes element(const Bfloat16 *row, int place) {
-    if constexpr (std::is_same_v<Element, Pair>) return load((const float *)row + place);
-    return load(row + place);
+// LANES elements.
+template <typename Element, typename T>
+inline Lanes elements(const T *from) {
+    if constexpr (std::is_same_v<Element, Pair>)
+        return load((const float *)from);
+    else
+        return load(from);
 }
 
 template <int half>
@@ -98,42 +102,27 @@ inline void swap_halves(Lanes *square) {
     if constexpr (half > 1) swap_halves<half / 2>(square);
 }
 
-// to[depth][KEYS] = the transpose of KEYS keys, as numbers, or as pairs of numbers with a missing one being zero.
-template <typename T>
-inline void transpose(const T *const *keys, int width, float *to, float) {
-    for (int place = 0; place < width; place += LANES) {
-        int part = std::min(LANES, width - place);
+// to[depth][KEYS] = the transpose of KEYS keys of `width` numbers, in elements. What is missing of whole vectors is zero.
+template <typename Element, typename T>
+inline void transpose(const T *const *keys, int width, float *to) {
+    constexpr int whole = PER_ELEMENT<Element> * LANES;
+    for (int place = 0; place < width; place += whole) {
+        int part = std::min(whole, width - place);
         for (int group = 0; group < KEYS; group += LANES) {
             Lanes square[LANES];
-            if (part == LANES)
+            if (part == whole)
 #pragma GCC unroll 16
-                for (int lane = 0; lane < LANES; lane++) square[lane] = load(keys[group + lane] + place);
-            else
-                for (int lane = 0; lane < LANES; lane++) square[lane] = load_some(keys[group + lane] + place, part);
-            swap_halves<LANES / 2>(square);
-#pragma GCC unroll 16
-            for (int lane = 0; lane < LANES; lane++) store(to + (place + lane) * KEYS + group, square[lane]);
-        }
-    }
-}
-
-inline void transpose(const Bfloat16 *const *keys, int width, float *to, Pair) {
-    for (int place = 0; place < width; place += 2 * LANES) {
-        int part = std::min(2 * LANES, width - place);
-        for (int group = 0; group < KEYS; group += LANES) {
-            Lanes square[LANES];
-            if (part == 2 * LANES)
-#pragma GCC unroll 16
-                for (int lane = 0; lane < LANES; lane++) square[lane] = load((const float *)(keys[group + lane] + place));
+                for (int lane = 0; lane < LANES; lane++) square[lane] = elements<Element>(keys[group + lane] + place);
             else
                 for (int lane = 0; lane < LANES; lane++) {
-                    Bfloat16 some[2 * LANES] = {};
-                    std::memcpy(some, keys[group + lane] + place, part * sizeof(Bfloat16));
-                    square[lane] = load((const float *)some);
+                    T some[whole] = {};
+                    std::memcpy(some, keys[group + lane] + place, part * sizeof(T));
+                    square[lane] = elements<Element>(some);
                 }
             swap_halves<LANES / 2>(square);
 #pragma GCC unroll 16
-            for (int lane = 0; lane < LANES; lane++) store(to + (place / 2 + lane) * KEYS + group, square[lane]);
+            for (int lane = 0; lane < LANES; lane++)
+                store(to + (place / PER_ELEMENT<Element> + lane) * KEYS + group, square[lane]);
         }
     }
 }
@@ -172,7 +161,7 @@ inline void multiply_key_rows(const float *query, const T *const *keys, int dept
             for (int row = 0; row < R; row++) some[row] = load(query + row * depth + place);
 #pragma GCC unroll 16
             for (int lane = 0; lane < LANES; lane++) {
-                Lanes key = element<Element>(keys[group + lane], place);
+                Lanes key = elements<Element>(keys[group + lane] + place * PER_ELEMENT<Element>);
 #pragma GCC unroll 6
                 for (int row = 0; row < R; row++) sums[row][lane] = multiplied(sums[row][lane], some[row], key, Element());
             }
@@ -182,49 +171,25 @@ inline void multiply_key_rows(const float *query, const T *const *keys, int dept
     }
 }
 
-// sums[R][V vectors] = sums * decay[R] + weights[R][count] times values[count][V vectors].
-template <int R, int V, typename T>
-inline void add_values(const float *weights, const T *const *values, int column, int count, const float *decay,
+// sums[R][V vectors] = sums * decay[R] + weights[R][count] times the values, which `row_of` has, in elements.
+template <typename Element, int R, int V, typename RowOf>
+inline void add_values(const float *weights, int weights_width, RowOf row_of, int column, int count, const float *decay,
                        float *sums, int width) {
     Lanes kept[R][V];
 #pragma GCC unroll 6
     for (int row = 0; row < R; row++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) kept[row][v] = load(sums + row * width + column + v * LANES) * decay[row];
-    for (int key = 0; key < count; key++) {
+    for (int place = 0; place < count; place++) {
+        auto values = row_of(place);
         Lanes some[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) some[v] = load(values[key] + column + v * LANES);
+        for (int v = 0; v < V; v++) some[v] = load(values + column + v * LANES);
 #pragma GCC unroll 6
         for (int row = 0; row < R; row++) {
-            Lanes weight = all(weights[row * KEYS + key]);
+            Lanes weight = all(weights[row * weights_width + place]);
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) kept[row][v] += weight * some[v];
-        }
-    }
-#pragma GCC unroll 6
-    for (int row = 0; row < R; row++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(sums + row * width + column + v * LANES, kept[row][v]);
-}
-
-// The same with pairs of weights and of values: weights[R][KEYS / 2], values[KEYS / 2][width].
-template <int R, int V>
-inline void add_pairs(const float *weights, const float *values, int column, const float *decay, float *sums, int width) {
-    Lanes kept[R][V];
-#pragma GCC unroll 6
-    for (int row = 0; row < R; row++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) kept[row][v] = load(sums + row * width + column + v * LANES) * decay[row];
-    for (int pair = 0; pair < KEYS / 2; pair++) {
-        Lanes some[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) some[v] = load(values + pair * width + column + v * LANES);
-#pragma GCC unroll 6
-        for (int row = 0; row < R; row++) {
-            Lanes weight = all(weights[row * (KEYS / 2) + pair]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) kept[row][v] = multiplied(kept[row][v], weight, some[v], Pair());
+            for (int v = 0; v < V; v++) kept[row][v] = multiplied(kept[row][v], weight, some[v], Element());
         }
     }
 #pragma GCC unroll 6
@@ -343,9 +308,8 @@ class Rows {
             T *to = (T *)call_.out + ((int64_t)(piece_.first + row / group_) * call_.heads + head) * call_.value_dim;
             const float *from = sums_ + row * width_;
             float share = 1.0f / total;
-            int column = 0;
-            for (; column + LANES <= call_.value_dim; column += LANES) store(to + column, load(from + column) * share);
-            if (column < call_.value_dim) store_some(to + column, load(from + column) * share, call_.value_dim - column);
+            for (int column = 0; column < call_.value_dim; column += LANES)
+                store_at_most(to + column, load(from + column) * share, call_.value_dim - column);
         }
     }
 
@@ -358,7 +322,7 @@ class Rows {
     }
 
     void multiply_transposed(const T *const *keys) {
-        transpose(keys, call_.key_dim, keys_, Element());
+        transpose<Element>(keys, call_.key_dim, keys_);
         if (tiles_) return tiles::multiply<false>(query_, depth_, keys_, depth_, scores_, space_, KEYS);
         by_blocks(count_, [&](auto rows, int row) {
             multiply_keys<Element, rows.value>(query_ + row * depth_, keys_, depth_, scores_ + row * KEYS);
@@ -425,10 +389,15 @@ class Rows {
 
     template <typename V>
     void add(const V *const *values, int count) {
+        add<float>(scores_, KEYS, [=](int key) { return values[key]; }, count);
+    }
+
+    template <typename Product, typename RowOf>
+    void add(const float *weights, int weights_width, RowOf row_of, int count) {
         by_blocks(count_, [&](auto rows, int row) {
             by_columns(width_, [&](auto vectors, int column) {
-                add_values<rows.value, vectors.value>(scores_ + row * KEYS, values, column, count, decays_ + row,
-                                                      sums_ + row * width_, width_);
+                add_values<Product, rows.value, vectors.value>(weights + row * weights_width, weights_width, row_of, column,
+                                                               count, decays_ + row, sums_ + row * width_, width_);
             });
         });
     }
@@ -445,12 +414,7 @@ class Rows {
                 }
                 return tiles::multiply<true>(weights_, KEYS / 2, values_, KEYS / 2, sums_, space_, width_);
             }
-            by_blocks(count_, [&](auto rows, int row) {
-                by_columns(width_, [&](auto vectors, int column) {
-                    add_pairs<rows.value, vectors.value>(weights_ + row * KEYS / 2, values_, column, decays_ + row,
-                                                         sums_ + row * width_, width_);
-                });
-            });
+            add<Pair>(weights_, KEYS / 2, [=](int pair) { return values_ + pair * width_; }, KEYS / 2);
         } else if (std::is_same_v<T, float> && width_ == call_.value_dim) {
             add(values, count);
         } else {
@@ -609,10 +573,7 @@ inline void merge(const Attention &call, const Pieces &pieces, const float *part
             each([&](const float *some, float maximum, float) {
                 sums += load(some + column) * (std::exp2(maximum - largest) / total);
             });
-            if (column + LANES <= call.value_dim)
-                store(to + column, sums);
-            else
-                store_some(to + column, sums, call.value_dim - column);
+            store_at_most(to + column, sums, call.value_dim - column);
         }
     }
 }

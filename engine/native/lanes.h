@@ -71,14 +71,6 @@ inline float number(Bfloat16 from) {
     return result;
 }
 
-inline void put(float *to, float value) { *to = value; }
-
-inline void put(Bfloat16 *to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    to->bits = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
-}
-
 // The first `count` of LANES numbers; the others are zero, or left alone.
 template <typename T>
 inline Lanes load_some(const T *from, int count) {
@@ -92,6 +84,11 @@ inline void store_some(T *to, Lanes lanes, int count) {
     T some[LANES];
     store(some, lanes);
     std::memcpy(to, some, count * sizeof(T));
+}
+
+template <typename T>
+inline void store_at_most(T *to, Lanes lanes, int count) {
+    count >= LANES ? store(to, lanes) : store_some(to, lanes, count);
 }
 
 // Two adjacent numbers of 16 bits, in the places of one of 32.
@@ -135,14 +132,10 @@ inline float sum(Lanes lanes) {
 inline Lanes multiplied(Lanes sums, Lanes one, Lanes other, float) { return sums + one * other; }
 
 #if defined(__AVX512BF16__)
-constexpr bool PAIRS = true;
-
 inline Lanes multiplied(Lanes sums, Lanes one, Lanes other, Pair) {
     return (Lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)one, (__m512bh)other);
 }
 #else
-constexpr bool PAIRS = false;
-
 inline Lanes multiplied(Lanes sums, Lanes, Lanes, Pair) { return sums; }  // never called
 #endif
 

@@ -99,7 +99,7 @@ void multiply(const Product &product, const T *in, int rows, T *out) {
         if (count <= 0) return;
         T *to = out + (int64_t)row * product.outputs + column;
         if (bias) sums += count == LANES ? load(bias + column) : load_some(bias + column, count);
-        count == LANES ? store(to, sums) : store_some(to, sums, count);
+        store_at_most(to, sums, count);
     };
     share((product.outputs + width - 1) / width, [&](int64_t index) {
         const float *panel = (const float *)((const T *)product.panels + index * panel_size), *left = (const float *)in;

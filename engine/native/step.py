@@ -20,6 +20,8 @@ READ_SLOTS = 32
 """Slots that are read anew in about the time it takes to merge one more partial result."""
 EVERYTHING = 2**30
 """An offset behind every key, and a window as wide as any sequence."""
+NO_MASK = (EVERYTHING, 2 * EVERYTHING - 1)
+"""Offset and window with which a row sees all keys of its read."""
 
 _Row = tuple[int, int, int, int, int, int]
 """`struct Read` of attention.h."""
@@ -189,13 +191,13 @@ class _Table:
             width = read.slots.shape[1]
             for index, (row, length) in enumerate(zip(read.rows, read.lengths.tolist(), strict=True)):
                 first = begin + index * width
-                self._rows.append((row, row + 1, first, first + length, EVERYTHING, 2 * EVERYTHING - 1))
+                self._rows.append((row, row + 1, first, first + length, *NO_MASK))
         elif isinstance(read, Band):
             begin, end = self._see(_every(read.slots))
             self._rows.append((read.first, read.last, begin, end, read.offset, read.window))
         else:
             begin, end = self._see(_every(read.slots))
-            self._rows.append((read.first, read.last, begin, end, EVERYTHING, 2 * EVERYTHING - 1))
+            self._rows.append((read.first, read.last, begin, end, *NO_MASK))
 
     def _see(self, slots: NDArray[np.int64]) -> tuple[int, int]:
         begin = self._count
